@@ -1,0 +1,65 @@
+# Each target makes the virtual environment it needs under .venv/ and is one line a person could type.
+#   make build   the editable install, incremental        make demo    trains, accelerates and classifies, offline
+#   make test    everything, in at most 9 minutes         make bench   the six models against eager and ONNX Runtime
+#   make lint    ruff and clang-format, checking          make format  the same, rewriting
+PYTHON ?= python3
+PIP = -m pip --disable-pip-version-check -q install
+DEV = .venv/dev/bin
+DEMO = .venv/demo/bin
+BENCH = .venv/bench/bin
+TORCH = torch==2.13.0
+TIMM = timm==1.0.31
+OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
+BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
+INPUTS = pyproject.toml Makefile
+CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: build test demo bench lint format clean
+
+build: .venv/dev/ready
+	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
+
+test: build .venv/old_timm/ready
+	@EVIT_FAST_OLD_TIMM=$(CURDIR)/.venv/old_timm $(DEV)/pytest -q -n 2 --import-mode=importlib tests
+
+demo: .venv/demo/ready
+	$(DEMO)/python $(PIP) --no-build-isolation --no-deps .
+	$(DEMO)/python -m evit_fast.demo
+
+bench: .venv/bench/ready
+	$(BENCH)/python $(PIP) --no-build-isolation --no-deps .
+	$(BENCH)/python -m evit_fast.bench.models
+
+lint: .venv/lint/ready
+	.venv/lint/bin/ruff check . && .venv/lint/bin/ruff format --check .
+	.venv/lint/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/lint/ready
+	.venv/lint/bin/ruff check --fix . ; .venv/lint/bin/ruff format .
+	.venv/lint/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf build dist .venv *.egg-info evit_fast/_native*.so
+
+# torch comes first and alone: whatever follows must fit it, not move it.
+.venv/%/ready: $(INPUTS)
+	$(PYTHON) -m venv .venv/$*
+	.venv/$*/bin/python $(PIP) $(TORCH)
+	.venv/$*/bin/python $(PIP) $(TORCH) $(BUILD_TOOLS) numpy safetensors pillow tqdm $(PACKAGES)
+	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
+	touch $@
+
+.venv/dev/ready: PACKAGES = pytest pytest-xdist onnx onnxruntime scikit-learn matplotlib torchvision
+.venv/demo/ready: PACKAGES = scikit-learn matplotlib
+.venv/bench/ready: PACKAGES = onnx onnxruntime
+
+.venv/lint/ready: $(INPUTS)
+	$(PYTHON) -m venv .venv/lint
+	.venv/lint/bin/python $(PIP) ruff clang-format
+	touch $@
+
+.venv/old_timm/ready: .venv/dev/ready
+	rm -rf .venv/old_timm
+	$(DEV)/python $(PIP) --no-deps --target .venv/old_timm $(OLD_TIMM)
+	touch $@
