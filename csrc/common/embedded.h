@@ -1,4 +1,5 @@
-// The CUDA sources of csrc/cuda, embedded at build time (cmake/embed.cmake) for NVRTC to compile where a GPU is found.
+// The CUDA sources of csrc/cuda, embedded at build time (cmake/embed.cmake) for NVRTC to compile
+// where a GPU is found.
 #pragma once
 
 namespace evit {
