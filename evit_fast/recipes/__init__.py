@@ -1,0 +1,1 @@
+"""Training recipes: small enough to read whole, good enough to use."""
