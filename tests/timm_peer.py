@@ -18,9 +18,6 @@ import warnings
 import pytest
 from torch import nn
 
-# The first version whose model takes any height and width.
-ANY_SIZE_SINCE = (1, 0, 28)
-
 
 class _Stub(types.ModuleType):
     """A module where every name is a new empty class, and every attribute of that a string."""
@@ -41,15 +38,15 @@ class _Stub(types.ModuleType):
 
 
 class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    def find_spec(self, fullname, path=None, target=None):  # noqa: ANN001, ANN201
+    def find_spec(self, fullname, path=None, target=None):
         if fullname.split(".")[0] == "torchvision":
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
-    def create_module(self, spec):  # noqa: ANN001, ANN201
+    def create_module(self, spec):
         return _Stub(spec.name)
 
-    def exec_module(self, module) -> None:  # noqa: ANN001
+    def exec_module(self, module) -> None:
         pass
 
 
@@ -75,7 +72,8 @@ def version() -> tuple[int, ...]:
 
 def takes_any_size() -> bool:
     """False for versions whose model is built for one square size."""
-    return version() >= ANY_SIZE_SINCE
+    models = import_timm().models
+    return hasattr(models.efficientvit_msra.EfficientVitMsra, "set_input_size")
 
 
 def create(name: str, **kwargs: object) -> nn.Module:
