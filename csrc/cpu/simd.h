@@ -1,6 +1,6 @@
 // The vector vocabulary of one instruction set: f32, kLanes, load, store, splat, fma, vmax, vmin, exp2, transpose16,
-// deinterleave, load_u8. An op file sees only these. EVIT_UNROLL goes on every loop that touches a register tile, the
-// zeroing included; without it GCC keeps the tile on the stack.
+// deinterleave and deinterleave_rgb (floats or bytes). An op file sees only these. EVIT_UNROLL goes on every loop that
+// touches a register tile, the zeroing included; without it GCC keeps the tile on the stack.
 #pragma once
 
 #include <stddef.h>
@@ -47,6 +47,9 @@ constexpr float kLog2e = 1.4426950408889634f;
 EVIT_INLINE f32 sigmoid(f32 x) {
   return splat(1.0f) / (splat(1.0f) + exp2(x * splat(-kLog2e)));
 }
+
+// The compiler moves no load or store over this point.
+EVIT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
 
 EVIT_INLINE void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 

@@ -14,6 +14,8 @@ constexpr int kLanes = 8;
 constexpr int kRows2 = 3, kRows3 = 0, kRows4 = 1, kRows1 = 6;
 constexpr int kMaxPanels = 5;
 constexpr int kDwColumns = 10;
+constexpr int kConvRows1 = 6;
+constexpr int kConv1Channels = 4, kConv1Vectors = 3;
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }
 EVIT_INLINE void store(float* p, f32 v) { *(f32_unaligned*)p = v; }
@@ -54,9 +56,7 @@ EVIT_INLINE void transpose16(const float* x, long ldx, float* y, long ldy) {
     for (int j = 0; j < 16; j += 8) transpose8(x + i * ldx + j, ldx, y + j * ldy + i, ldy);
 }
 
-// Splits 2*kLanes floats into even and odd positions.
-EVIT_INLINE void deinterleave(const float* x, f32* even, f32* odd) {
-  const __m256 a = _mm256_loadu_ps(x), b = _mm256_loadu_ps(x + 8);
+EVIT_INLINE void deinterleave(__m256 a, __m256 b, f32* even, f32* odd) {
   const __m256 lo = _mm256_permute2f128_ps(a, b, 0x20), hi = _mm256_permute2f128_ps(a, b, 0x31);
   const __m256 e = _mm256_shuffle_ps(lo, hi, 0x88), o = _mm256_shuffle_ps(lo, hi, 0xdd);
   // lo = a0..3 b0..3, hi = a4..7 b4..7: each half already holds four neighbours in order.
@@ -64,9 +64,57 @@ EVIT_INLINE void deinterleave(const float* x, f32* even, f32* odd) {
   *odd = (f32)o;
 }
 
-// kLanes bytes as floats.
-EVIT_INLINE f32 load_u8(const uint8_t* p) {
-  return (f32)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+// Splits 2*kLanes floats into even and odd positions.
+EVIT_INLINE void deinterleave(const float* x, f32* even, f32* odd) {
+  deinterleave(_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), even, odd);
+}
+
+EVIT_INLINE void deinterleave(const uint8_t* x, f32* even, f32* odd) {
+  const __m128i v = _mm_loadu_si128((const __m128i*)x);
+  const __m256i e = _mm256_cvtepu16_epi32(_mm_and_si128(v, _mm_set1_epi16(255)));
+  const __m256i o = _mm256_cvtepu16_epi32(_mm_srli_epi16(v, 8));
+  *even = (f32)_mm256_cvtepi32_ps(e);
+  *odd = (f32)_mm256_cvtepi32_ps(o);
+}
+
+// Two 16-byte halves, `gap` bytes apart.
+EVIT_INLINE __m256i load_halves(const void* p, int gap) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                                 _mm_loadu_si128((const __m128i*)((const char*)p + gap)), 1);
+}
+
+// 8 RGB pixels, planar. Pixels 0-3 go through the lower half of each register, 4-7 through the upper one.
+EVIT_INLINE void planar_rgb(const float* x, __m256* rgb) {
+  const __m256 a = (__m256)load_halves(x, 48), b = (__m256)load_halves(x + 4, 48);
+  const __m256 c = (__m256)load_halves(x + 8, 48);      // r0 g0 b0 r1 | g1 b1 r2 g2 | b2 r3 g3 b3
+  const __m256 rg = _mm256_shuffle_ps(b, c, 0x9e);      // r2 g2 r3 g3
+  const __m256 gb = _mm256_shuffle_ps(a, b, 0x49);      // g0 b0 g1 b1
+  rgb[0] = _mm256_shuffle_ps(a, rg, 0x8c);              // r0 r1 r2 r3
+  rgb[1] = _mm256_shuffle_ps(gb, rg, 0xd8);             // g0 g1 g2 g3
+  rgb[2] = _mm256_shuffle_ps(gb, c, 0xcd);              // b0 b1 b2 b3
+}
+
+// 2*kLanes RGB pixels: even and odd pixels of each channel.
+EVIT_INLINE void deinterleave_rgb(const float* x, f32* even, f32* odd) {
+  __m256 a[3], b[3];
+  planar_rgb(x, a);
+  planar_rgb(x + 24, b);
+  EVIT_UNROLL for (int ch = 0; ch < 3; ch++) deinterleave(a[ch], b[ch], even + ch, odd + ch);
+}
+
+EVIT_INLINE void deinterleave_rgb(const uint8_t* x, f32* even, f32* odd) {
+  // Pixels 0-3 and 8-11; pixels 4-7 and 12-15, the last four 4 bytes into their half so that no load leaves x[0..48).
+  const __m256i a = load_halves(x, 24), b = load_halves(x + 12, 20);
+  const __m256i step = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+  EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {
+    // In each half: two even pixels, two odd ones, as 32-bit integers.
+    const __m256i pick = _mm256_broadcastsi128_si256(
+        _mm_setr_epi32(0x80808000 + ch, 0x80808006 + ch, 0x80808003 + ch, 0x80808009 + ch));
+    const __m256 u = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(a, pick));
+    const __m256 v = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(b, _mm256_add_epi32(pick, step)));
+    even[ch] = (f32)_mm256_shuffle_ps(u, v, 0x44);
+    odd[ch] = (f32)_mm256_shuffle_ps(u, v, 0xee);
+  }
 }
 
 }  // namespace

@@ -14,6 +14,8 @@ constexpr int kLanes = 16;
 constexpr int kRows2 = 14, kRows3 = 9, kRows4 = 6, kRows1 = 16;
 constexpr int kMaxPanels = 6;   // panels side by side for a single row
 constexpr int kDwColumns = 14;  // outputs of a depthwise row kept in registers
+constexpr int kConvRows1 = 28;  // pixels x one panel of conv2
+constexpr int kConv1Channels = 8, kConv1Vectors = 3;  // 24 accumulators + 3 pixels + 1 weight
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }
 EVIT_INLINE void store(float* p, f32 v) { *(f32_unaligned*)p = v; }
@@ -63,9 +65,52 @@ EVIT_INLINE void deinterleave(const float* x, f32* even, f32* odd) {
   *odd = (f32)_mm512_permutex2var_ps(a, io, b);
 }
 
-// kLanes bytes as floats.
-EVIT_INLINE f32 load_u8(const uint8_t* p) {
-  return (f32)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+EVIT_INLINE void deinterleave(const uint8_t* x, f32* even, f32* odd) {
+  const __m256i v = _mm256_loadu_si256((const __m256i*)x);
+  const __m512i e = _mm512_cvtepu16_epi32(_mm256_and_si256(v, _mm256_set1_epi16(255)));
+  const __m512i o = _mm512_cvtepu16_epi32(_mm256_srli_epi16(v, 8));
+  *even = (f32)_mm512_cvtepi32_ps(e);
+  *odd = (f32)_mm512_cvtepi32_ps(o);
+}
+
+// 2*kLanes RGB pixels: even and odd pixels of each channel.
+EVIT_INLINE void deinterleave_rgb(const float* x, f32* even, f32* odd) {
+  __m512 half[2][3];  // 16 pixels of a channel: 8 even, 8 odd ones
+  EVIT_UNROLL for (int h = 0; h < 2; h++) {
+    const __m512 a = _mm512_loadu_ps(x + 48 * h), b = _mm512_loadu_ps(x + 48 * h + 16);
+    const __m512 c = _mm512_loadu_ps(x + 48 * h + 32);
+    EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {
+      // Position i < 8 wants float 6i + ch, the others 6(i - 8) + 3 + ch: first from a and b, then from c.
+      const __m512i at = _mm512_add_epi32(
+          _mm512_setr_epi32(0, 6, 12, 18, 24, 30, 36, 42, 3, 9, 15, 21, 27, 33, 39, 45),
+          _mm512_set1_epi32(ch));
+      const __mmask16 third = _mm512_cmpge_epi32_mask(at, _mm512_set1_epi32(32));
+      half[h][ch] = _mm512_mask_permutexvar_ps(_mm512_permutex2var_ps(a, at, b), third, at, c);
+    }
+  }
+  EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {
+    even[ch] = (f32)_mm512_shuffle_f32x4(half[0][ch], half[1][ch], 0x44);
+    odd[ch] = (f32)_mm512_shuffle_f32x4(half[0][ch], half[1][ch], 0xee);
+  }
+}
+
+EVIT_INLINE void deinterleave_rgb(const uint8_t* x, f32* even, f32* odd) {
+  const __m512i spread = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
+  const __m512i ie = _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29);
+  const __m512i io = _mm512_add_epi32(ie, _mm512_set1_epi32(2));
+  __m512i half[2];  // 16 pixels, 4 in each 128-bit lane
+  EVIT_UNROLL for (int h = 0; h < 2; h++) {
+    half[h] = _mm512_permutexvar_epi32(spread, _mm512_maskz_loadu_epi32(0xfff, x + 48 * h));
+  }
+  EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {
+    // In each lane: two even pixels, two odd ones, as 32-bit integers.
+    const __m512i pick = _mm512_broadcast_i32x4(
+        _mm_setr_epi32(0x80808000 + ch, 0x80808006 + ch, 0x80808003 + ch, 0x80808009 + ch));
+    const __m512 a = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(half[0], pick));
+    const __m512 b = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(half[1], pick));
+    even[ch] = (f32)_mm512_permutex2var_ps(a, ie, b);
+    odd[ch] = (f32)_mm512_permutex2var_ps(a, io, b);
+  }
 }
 
 }  // namespace

@@ -13,6 +13,8 @@ constexpr int kLanes = 4;
 constexpr int kRows2 = 1, kRows3 = 0, kRows4 = 0, kRows1 = 2;
 constexpr int kMaxPanels = 2;
 constexpr int kDwColumns = 8;
+constexpr int kConvRows1 = 2;
+constexpr int kConv1Channels = 4, kConv1Vectors = 2;
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }
 EVIT_INLINE void store(float* p, f32 v) { *(f32_unaligned*)p = v; }
@@ -35,15 +37,20 @@ EVIT_INLINE void transpose16(const float* x, long ldx, float* y, long ldy) {
     for (int j = 0; j < 16; j++) y[j * ldy + i] = x[i * ldx + j];
 }
 
-// Splits 2*kLanes floats into even and odd positions.
-EVIT_INLINE void deinterleave(const float* x, f32* even, f32* odd) {
-  *even = f32{x[0], x[2], x[4], x[6]};
-  *odd = f32{x[1], x[3], x[5], x[7]};
+// Splits 2*kLanes numbers into even and odd positions.
+template <class T>
+EVIT_INLINE void deinterleave(const T* x, f32* even, f32* odd) {
+  *even = f32{(float)x[0], (float)x[2], (float)x[4], (float)x[6]};
+  *odd = f32{(float)x[1], (float)x[3], (float)x[5], (float)x[7]};
 }
 
-// kLanes bytes as floats.
-EVIT_INLINE f32 load_u8(const uint8_t* p) {
-  return f32{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+// 2*kLanes RGB pixels: even and odd pixels of each channel.
+template <class T>
+EVIT_INLINE void deinterleave_rgb(const T* x, f32* even, f32* odd) {
+  for (int ch = 0; ch < 3; ch++, x++) {
+    even[ch] = f32{(float)x[0], (float)x[6], (float)x[12], (float)x[18]};
+    odd[ch] = f32{(float)x[3], (float)x[9], (float)x[15], (float)x[21]};
+  }
 }
 
 }  // namespace
