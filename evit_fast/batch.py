@@ -59,7 +59,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[Failure]]:
 
 def load_batches(
     paths: Sequence[str],
-    preprocessing: Preprocessing = Preprocessing(),
+    preprocessing: Preprocessing = images.DEFAULT,
     batch: int = 16,
     max_pixels: int | None = images.MAX_PIXELS,
     workers: int | None = None,

@@ -75,10 +75,13 @@ class Preprocessing:
             raise ValueError(f"preprocessing metadata cannot be read ({e!r}): {text!r}") from e
 
 
+DEFAULT = Preprocessing()
+
+
 def decode(
     path: str | PathLike[str],
     max_pixels: int | None = MAX_PIXELS,
-    preprocessing: Preprocessing = Preprocessing(),
+    preprocessing: Preprocessing = DEFAULT,
 ) -> Image.Image:
     """One JPEG, PNG or WebP file as an RGB image. max_pixels=None lifts the limit on its size.
 
@@ -104,7 +107,7 @@ def decode(
         raise ImageError(f"it cannot be decoded: {type(e).__name__}: {e}") from e
 
 
-def preprocess(image: Image.Image, p: Preprocessing = Preprocessing()) -> np.ndarray:
+def preprocess(image: Image.Image, p: Preprocessing = DEFAULT) -> np.ndarray:
     """RGB image -> uint8 [H, W, 3] pixels, resized and cropped as timm's evaluation does."""
     image = image.resize(_resized(image.size, p), _FILTERS[p.interpolation])
     H, W = p.size
@@ -116,7 +119,7 @@ def preprocess(image: Image.Image, p: Preprocessing = Preprocessing()) -> np.nda
 
 def load(
     path: str | PathLike[str],
-    p: Preprocessing = Preprocessing(),
+    p: Preprocessing = DEFAULT,
     max_pixels: int | None = MAX_PIXELS,
 ) -> np.ndarray:
     """decode, then preprocess: uint8 [H, W, 3]. Raises ImageError as decode does."""

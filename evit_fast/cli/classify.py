@@ -94,10 +94,12 @@ def _classify(loaded, b, args: argparse.Namespace) -> list[dict]:
                     "name": loaded.classes[c] if loaded.classes else None,
                     "probability": round(p, 6),
                 }
-                for p, c in zip(values, indices)
+                for p, c in zip(values, indices, strict=True)
             ],
         }
-        for path, values, indices in zip(b.paths, top.values.tolist(), top.indices.tolist())
+        for path, values, indices in zip(
+            b.paths, top.values.tolist(), top.indices.tolist(), strict=True
+        )
     ]
 
 
