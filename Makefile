@@ -50,7 +50,7 @@ clean:
 	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
 	touch $@
 
-.venv/dev/ready: PACKAGES = pytest pytest-xdist onnx onnxruntime scikit-learn matplotlib torchvision
+.venv/dev/ready: PACKAGES = pytest pytest-xdist onnx onnxruntime scikit-learn matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
 .venv/bench/ready: PACKAGES = onnx onnxruntime
 

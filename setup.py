@@ -61,7 +61,7 @@ class BuildExt(build_ext):
         ]  # fmt: skip
         build = [cmake, "--build", str(tree), "--target", "_native"]
         jobs = self.parallel or os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL")
-        # Each compiler may take half a gigabyte; two cores are the machine the limits are stated for.
+        # A compiler takes up to a quarter of a gigabyte, and nothing here has more than 32 files.
         build += ["--parallel", str(jobs or min(os.cpu_count() or 1, 8))]
         subprocess.run(configure, check=True)
         subprocess.run(build, check=True)

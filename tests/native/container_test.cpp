@@ -1,5 +1,6 @@
-// Reads a saved file damaged in every way there is time for; run under an address sanitizer by tests/test_saved_file.py.
-// Arguments: a good file, and a path to write damaged copies to. Prints "ok", or says what does not hold.
+// Reads a saved file damaged in every way there is time for; run under an address sanitizer by
+// tests/test_saved_file.py. Arguments: a good file, and a path to write damaged copies to. Prints
+// "ok", or says what does not hold.
 #include "common/container.h"
 
 #include <fcntl.h>
@@ -84,8 +85,10 @@ void lengths(const Bytes& good, const Scratch& scratch) {
 // The header's text rearranged at random; most copies stop the parser, each at another place.
 void headers(const Bytes& good, const Scratch& scratch, size_t text_bytes) {
   std::mt19937 random(1);
-  const std::string pieces[] = {"{", "}", "[", "]", ",", ":", "\"", "\\", "\\u", "\\ud800", "0",
-                                "18446744073709551616", "\x01", "\xff", "\xc0\x80", "blob", "null"};
+  const std::string pieces[] = {
+      "{",    "}",    "[",        "]",       ",",   ":",
+      "\"",   "\\",   "\\u",      "\\ud800", "0",   "18446744073709551616",
+      "\x01", "\xff", "\xc0\x80", "blob",    "null"};
   for (int round = 0; round < 20'000; round++) {
     Bytes damaged = good;
     for (unsigned i = 0; i <= random() % 3; i++) {

@@ -1,0 +1,20 @@
+"""Settings of every test process: one thread for every BLAS and OpenMP, and one for torch."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    """Each test starts from the same seed, one torch thread, and grad mode on."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        yield
+    torch.set_num_threads(1)
