@@ -151,5 +151,5 @@ def _check_size(size: tuple[int, int], what: str, max_pixels: int | None) -> Non
     if max_pixels is not None and pixels > max_pixels:
         raise ImageError(
             f"{what} {size[0]}x{size[1]} = {pixels / 1e6:.1f} megapixels, more than the limit of "
-            f"{max_pixels / 1e6:g}"
+            f"{max_pixels / 1e6:g}; lift it with --large, or max_pixels=None in Python"
         )

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from evit_fast.cli.flags import UsageError
 
 # name -> one line for --help. The module evit_fast.cli.<name> has add_arguments(parser) and
-# run(args) -> exit code, and imports torch only inside run, so that --help answers at once.
+# run(args) -> exit code, and imports what is heavy only inside run.
 COMMANDS = {
     "classify": "name what is on images",
     "explain": "show which kernel runs each op of a model, and why",
