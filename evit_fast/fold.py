@@ -114,7 +114,7 @@ def _patch_merge(m: nn.Module) -> tuple[patch_merge.Shape, patch_merge.Weights]:
 def _classifier(model: nn.Module, channels: int) -> Folded:
     """One op, or none when the model ends in a map."""
     head = getattr(model, "head", None)
-    pool = getattr(model, "global_pool", "avg")
+    pool = getattr(model, "global_pool", None)
     pool = getattr(pool, "pool_type", pool)
     if head is None or not pool or isinstance(pool, nn.Identity):
         return []

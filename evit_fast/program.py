@@ -6,7 +6,7 @@ same blob.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from evit_fast import _native
 from evit_fast.ops import OPS
-from evit_fast.ops.line import ANY_BLOB, LineShape, words
+from evit_fast.ops.line import LineShape, words
+
+ANY_BLOB = -1  # length of a blob that is not there yet: the native check skips it
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,17 @@ def unpack(op: Op, blob: torch.Tensor) -> NamedTuple:
     return known[op.line]
 
 
+def map_arrays(weights: NamedTuple, fn: Callable[[Any], Any]) -> NamedTuple:
+    """fn of every array of an op's Weights; None stays."""
+
+    def each(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(fn, value))
+        return None if value is None else fn(value)
+
+    return type(weights)(*map(each, weights))
+
+
 @torch.no_grad()
 def run_reference(x: torch.Tensor, program: str, blob: torch.Tensor) -> torch.Tensor:
     """Runs a program by the ops' references, any device. Autocast changes nothing.
@@ -109,7 +122,7 @@ def run_reference(x: torch.Tensor, program: str, blob: torch.Tensor) -> torch.Te
             wide = torch.promote_types(op.dtype, torch.float32)
             if x.is_floating_point():
                 x = x.to(op.dtype).to(wide)
-            weights = _map(unpack(op, blob), lambda t, wide=wide: t.to(wide))
+            weights = map_arrays(unpack(op, blob), lambda t, wide=wide: t.to(wide))
             x = OPS[op.name].reference(x, weights, op.shape).to(op.dtype)
         return x.to(out_dtype).contiguous()
 
@@ -155,15 +168,6 @@ def _unpack(op: Op, blob: torch.Tensor) -> NamedTuple:
         elif f"{name}0" in sections:
             fields[name] = tuple(sections[f"{name}{i}"] for i in range(op.shape.heads))
     return weights(**fields)
-
-
-def _map(weights: NamedTuple, fn: Any) -> NamedTuple:
-    def each(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(fn, value))
-        return None if value is None else fn(value)
-
-    return type(weights)(*map(each, weights))
 
 
 def _rows(flat: torch.Tensor, n: int, width: int) -> torch.Tensor:

@@ -14,8 +14,6 @@ import torch
 
 from evit_fast import _native
 
-ANY_BLOB = 1 << 62  # blob length for checking a line before there is a blob, bytes
-
 ShapeT = TypeVar("ShapeT", bound="LineShape")
 
 
@@ -29,7 +27,7 @@ class LineShape:
     op: ClassVar[str]
 
     def __post_init__(self) -> None:
-        _native.verify(self.line(), ANY_BLOB)
+        _native.op_bytes(self.line())
 
     def line(self, at: int = 0, dtype: torch.dtype = torch.float32) -> str:
         """The program line, e.g. `dw_ffn C=192 F=384 at=0`; `at` is the byte offset in the blob."""
@@ -45,7 +43,7 @@ class LineShape:
     @classmethod
     def parse(cls: type[ShapeT], line: str) -> ShapeT:
         """The Shape that a line states. ValueError: the line is not a legal line of this op."""
-        _native.verify(line, ANY_BLOB)
+        _native.op_bytes(line)
         name, values = words(line)
         if name != cls.op:
             raise ValueError(f"{cls.op}: expected a line of this op, got {line!r}")
