@@ -1,8 +1,8 @@
-"""timm without torchvision: timm imports torchvision for its data sets and transforms, none of which a forward needs.
+"""timm without torchvision, which timm imports for data sets and transforms that no forward needs.
 
-`import_timm()` imports timm; where torchvision is not installed it first puts a stand-in in its place, whose
-every attribute is an empty class. Only the benchmark's worker processes call it: nothing else in the process
-may believe that torchvision exists.
+`import_timm()` imports timm; where torchvision is not installed it first puts a stand-in in its
+place, whose every attribute is an empty class. Only processes of their own call it (a worker of
+the benchmark, a test run): nothing else in the process may believe that torchvision exists.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class _AnyAttribute(type):
-    """Class whose unknown attributes are their own names (InterpolationMode.BICUBIC and the like)."""
+    """Class whose unknown attributes are their own names, as in InterpolationMode.BICUBIC."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):

@@ -1,13 +1,14 @@
 """EfficientViT as a plain ONNX graph: BN folded, standard operators only, for any ONNX runtime.
 
-    graph    image float32 [B, in, H, W] (normalised)  ->  logits float32 [B, N]; features [B, C] when N = 0, the last
-             map [B, C, H', W'] when the model has no classifier
-    qkv      "separate": q, k and v of a head are three convolutions (no Split node: some runtimes run it slowly)
-             "joined":   one convolution and a Split, the graph of the original code
+    graph    image float32 [B, in, H, W] (normalised)  ->  logits float32 [B, N]; pooled features
+             [B, C] when N = 0; the last map [B, C, H', W'] when the model has no classifier
+    qkv      "separate": q, k and v of a head are three convolutions; no Split, which some runtimes
+             run slowly. "joined": one convolution and a Split, the graph of the original code
 
-The graph is written from the folded weights (`fold.fold`), the same float64 arrays that the fused ops are packed from;
-the 2^x softmax factor that those carry is divided out. H and W are fixed; B is free unless given. The residual of the
-depthwise convolution stays in its centre tap, the q scale in the q weights, so no node is spent on either.
+The graph is written from the folded weights (`fold.fold`), the same float64 arrays that the fused
+ops are packed from; the log2(e) of their softmax is divided out. H and W are fixed, B is free
+unless given. The residual of a depthwise convolution stays in its centre tap and the scale of the
+scores in the q weights, so no node is spent on either.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ QKV_FORMS = ("separate", "joined")
 
 
 class _Graph:
-    """Nodes and constants in the order they are made; every value is named after the op line that makes it."""
+    """Nodes and constants in the order they are made, each named after the op that makes it."""
 
     def __init__(self, onnx: Any) -> None:
         self.onnx = onnx
@@ -38,7 +39,7 @@ class _Graph:
         self.prefix = ""
 
     def constant(self, name: str, value: np.ndarray, dtype: type = np.float32) -> str:
-        """Add `value`, rounded once to `dtype`; small shape constants of the same name and value are shared."""
+        """Add `value`, rounded once to `dtype`; shape constants of one name are one constant."""
         array = np.ascontiguousarray(value, dtype=dtype)
         self.constants[name] = self.onnx.numpy_helper.from_array(array, name)
         return name
@@ -61,7 +62,7 @@ class _Graph:
         stride: int = 1,
         depthwise: bool = False,
     ) -> str:
-        """Convolution with "same" zero padding. weight [O, I, k, k], [O, I] (1x1) or, depthwise, [C, k, k]."""
+        """Convolution, zero-padded by k/2. weight [O, I, k, k], [O, I] or, depthwise, [C, k, k]."""
         if depthwise:
             weight = weight[:, None]  # [C, 1, k, k]
         elif weight.ndim == 2:
@@ -127,7 +128,7 @@ def _head(g: _Graph, x: str, s: Any, w: Any, i: int, side: int, qkv: str) -> str
 
 
 def _windows(g: _Graph, x: str, C: int, side: int, size: tuple[int, int]) -> str:
-    """[B, C, H, W] -> [B * NH * NW, C, side, side]; zero padding at the bottom and right comes first."""
+    """[B, C, H, W] -> [B * NH * NW, C, side, side], zero-padded at the bottom and right first."""
     H, W = size
     NH, NW = -(-H // side), -(-W // side)
     if (NH * side, NW * side) != size:
@@ -233,7 +234,7 @@ def to_onnx(
     batch: int | None = None,
     qkv: str = "separate",
 ) -> Any:
-    """Write the graph of `model` (an EfficientVit, or the list that `fold.fold` returns): onnx.ModelProto.
+    """The onnx.ModelProto of `model`: an EfficientViT, or the list that `fold.fold` returns.
 
     image_size: side or (H, W); None takes the model's own. batch: None leaves it free (>= 1).
     ValueError on a bad size or form, RuntimeError when the onnx package is missing.
@@ -251,11 +252,10 @@ def to_onnx(
         size = OPS[shape.op].out_hw(*size)
     last = folded[-1][0]
     name = "logits" if getattr(last, "N", 0) else "features"
-    width = last.N if name == "logits" else last.channels_out
     g.nodes[-1].output[0] = name
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     B = "batch" if batch is None else batch
-    y_shape = [B, width] if last.op == "classifier" else [B, width, *size]
+    y_shape = [B, last.channels_out, *(() if last.op == "classifier" else size)]
     graph = helper.make_graph(
         g.nodes,
         "efficientvit",
@@ -275,7 +275,7 @@ def to_onnx(
 
 
 def run_onnx(proto: Any, x: np.ndarray, threads: int = 1) -> np.ndarray:
-    """Run the graph in ONNX Runtime on the CPU. x float32 [B, in, H, W]; returns the output as float32."""
+    """The output of the graph in ONNX Runtime on the CPU; x and it are float32."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -304,9 +304,9 @@ def export(
     batch: int | None = None,
     qkv: str = "separate",
 ) -> float:
-    """Write `model` (an EfficientVit) as an ONNX file once ONNX Runtime agrees with float64 eager on it.
+    """Write an EfficientViT as an ONNX file, once ONNX Runtime agrees with float64 eager on it.
 
-    Returns the relative L2 error on random images. RuntimeError, and no file, when it exceeds 1e-4.
+    Returns the relative L2 error on random images; over 1e-4 a RuntimeError, and no file.
     """
     import torch
 
@@ -318,8 +318,8 @@ def export(
     error = relative_error(run_onnx(proto, x), expected)
     if error > BOUND:
         raise RuntimeError(
-            f"export: ONNX Runtime is off by {error:.1e} from float64 eager, {BOUND:.0e} is allowed; "
-            "nothing was written"
+            f"export: ONNX Runtime is off by {error:.1e} from float64 eager, {BOUND:.0e} is "
+            "allowed; nothing was written"
         )
     Path(path).write_bytes(proto.SerializeToString())
     return error
