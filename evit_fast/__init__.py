@@ -14,7 +14,7 @@ from evit_fast._version import __version__
 
 if TYPE_CHECKING:
     from evit_fast.columns import empty_cache
-    from evit_fast.explain import explain
+    from evit_fast.explanation import explain
     from evit_fast.fast import FastEfficientVit, accelerate
     from evit_fast.model import create_model
     from evit_fast.saved import Program, load, save
@@ -26,7 +26,7 @@ _EXPORTS = {
     "accelerate": "fast",
     "create_model": "model",
     "empty_cache": "columns",
-    "explain": "explain",
+    "explain": "explanation",
     "load": "saved",
     "save": "saved",
 }

@@ -231,7 +231,7 @@ class LocalWindowAttention(nn.Module):
         self.attn.set_resolution(min(self.window_resolution, resolution))
 
     def forward(self, x: Tensor) -> Tensor:
-        H, W = x.shape[2:]
+        B, _, H, W = x.shape
         win = self.attn.resolution
         if H == win and W == win:
             return self.attn(x)
@@ -240,7 +240,7 @@ class LocalWindowAttention(nn.Module):
         x = x.unflatten(3, (columns, win)).unflatten(2, (rows, win))
         x = x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # [B*rows*columns, C, win, win]
         x = self.attn(x)
-        x = x.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 4, 2, 5)
+        x = x.unflatten(0, (B, rows, columns)).permute(0, 3, 1, 4, 2, 5)
         x = x.flatten(4, 5).flatten(2, 3)  # [B, C, rows*win, columns*win]
         return x[:, :, :H, :W].contiguous()
 

@@ -54,7 +54,7 @@ class Program(nn.Module):
 
     def explain(self):  # noqa: ANN201
         """What runs each op; see `evit_fast.explain`."""
-        from evit_fast.explain import explain
+        from evit_fast.explanation import explain
 
         return explain(self)
 
