@@ -17,6 +17,8 @@
 
 namespace {
 
+constexpr unsigned kDeadlockSeconds = 60;  // then an alarm ends the process: a failure
+
 void require(bool holds, const char* fact) {
   if (holds) return;
   fprintf(stderr, "pool: %s\n", fact);
@@ -113,6 +115,7 @@ void after_fork() {
   every_rank_runs_once(3);
   const pid_t child = fork();
   if (child == 0) {
+    alarm(kDeadlockSeconds);  // not inherited
     for (int i = 0; i < 20; i++) every_rank_runs_once(3);
     Counted c;
     evit::pool_run(3, count, &c);
@@ -129,7 +132,10 @@ void after_fork() {
 void exit_after_fork() {
   every_rank_runs_once(3);
   const pid_t child = fork();
-  if (child == 0) exit(0);
+  if (child == 0) {
+    alarm(kDeadlockSeconds);
+    exit(0);
+  }
   int status = 0;
   waitpid(child, &status, 0);
   require(status == 0, "a forked child does not end");
@@ -152,7 +158,7 @@ constexpr Check kChecks[] = {
 }  // namespace
 
 int main(int argc, char** argv) {
-  alarm(100);  // a deadlock ends as a failure
+  alarm(kDeadlockSeconds);
   for (const Check& check : kChecks) {
     bool wanted = argc == 1;
     for (int i = 1; i < argc; i++) wanted |= strcmp(argv[i], check.name) == 0;
