@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -58,7 +58,7 @@ def find_images(arguments: Sequence[str]) -> tuple[list[str], list[Failure]]:
 
 
 def load_batches(
-    paths: Sequence[str],
+    paths: Iterable[str],
     preprocessing: Preprocessing = images.DEFAULT,
     batch: int = 16,
     max_pixels: int | None = images.MAX_PIXELS,
