@@ -1,8 +1,8 @@
 """EfficientViT-M0 .. M5 (cascaded group attention, Microsoft's) as five fused ops.
 
-    model = evit_fast.create_model("m5", checkpoint="m5.safetensors")   # eager, trains
-    fast = evit_fast.accelerate(model)                                  # evaluates as a fused program
-    evit_fast.save(fast, "m5.evit"); program = evit_fast.load("m5.evit")
+model = evit_fast.create_model("m5", checkpoint="m5.safetensors")   # eager, trains
+fast = evit_fast.accelerate(model)                                  # evaluates as a fused program
+evit_fast.save(fast, "m5.evit"); program = evit_fast.load("m5.evit")
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from evit_fast.model import create_model
     from evit_fast.saved import Program, load, save
 
-# Name -> module. Loaded at first use: importing the package loads neither torch nor the native library.
+# Name -> module. Loaded at first use: importing the package loads neither torch nor the native
+# library.
 _EXPORTS = {
     "FastEfficientVit": "fast",
     "Program": "saved",

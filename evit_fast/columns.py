@@ -1,14 +1,15 @@
 """The torch op that runs a program, and the columns it can run in.
 
-    evit_fast::forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, str backend="auto", int threads=0)
-
-x is [B, in, H, W] where the program starts with `stem` (any strides; uint8 pixels or normalised float), else
-[B, H, W, C]. The result is [B, N] logits where the program ends with `classifier`, else contiguous [B, H', W', C]; it
-has x's dtype (uint8: float32) whatever the program computes in, and autocast does not reach inside.
-
-The op has no gradient. Where grad mode is on and x or `anchor` requires grad the result carries a grad_fn whose
-backward raises: `anchor` is one parameter of the model that owns the weights (the blob itself cannot require grad).
-`threads=0` follows torch.get_num_threads() at each call. The op is opaque: torch.compile and torch.export see one node.
+    evit_fast::forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, str backend="auto",
+    int threads=0)
+ x is [B, in, H, W] where the program starts with `stem` (any strides; uint8 pixels or normalised
+float), else [B, H, W, C]. The result is [B, N] logits where the program ends with `classifier`,
+else contiguous [B, H', W', C]; it has x's dtype (uint8: float32) whatever the program computes in,
+and autocast does not reach inside.
+ The op has no gradient. Where grad mode is on and x or `anchor` requires grad the result carries a
+grad_fn whose backward raises: `anchor` is one parameter of the model that owns the weights (the
+blob itself cannot require grad). `threads=0` follows torch.get_num_threads() at each call. The op
+is opaque: torch.compile and torch.export see one node.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from evit_fast import program as programs
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 DTYPES = (torch.float32, torch.uint8, torch.float16, torch.bfloat16, torch.float64)
 MAX_THREADS = 256
-MODELS_KEPT = 256  # native models: one per program (slices too) and blob; each is a few pointers per line
+MODELS_KEPT = 256  # native models, one per program or slice and blob: a few pointers per line
 
 NO_BACKWARD = (
     "evit_fast: the fused forward has no backward; call .train() first, which runs the eager "
@@ -36,7 +37,8 @@ NO_BACKWARD = (
 
 @lru_cache(maxsize=256)
 def choose(program: str, device: str = "cpu", backend: str = "auto") -> tuple[str, str]:
-    """(column, reason) for a program on a device type; reason is empty where the column is the fastest there is.
+    """(column, reason) for a program on a device type; reason is empty where the column is the
+    fastest there is.
 
     ValueError: unknown backend. NotImplementedError: that backend cannot run this program here.
     """
@@ -84,7 +86,9 @@ _models: dict[tuple[str, int, int], _native.Model] = {}
 
 
 def empty_cache() -> None:
-    """Frees the workspace of every thread (one in use right now is freed after its call) and the native models."""
+    """Frees the workspace of every thread (one in use right now is freed after its call) and the
+    native models.
+    """
     for space in _spaces.valuerefs():
         if (alive := space()) is not None:
             alive.tensor = None
@@ -101,8 +105,8 @@ def _workspace(nbytes: int) -> torch.Tensor:
 
 
 def _model(program: str, blob: torch.Tensor) -> _native.Model:
-    # A Model is a verified view of (program, address, length) and keeps nothing of the bytes, so that another blob at
-    # the same address may use it too.
+    # A Model is a verified view of (program, address, length) and keeps nothing of the bytes, so
+    # that another blob at the same address may use it too.
     key = (program, blob.data_ptr(), blob.numel())
     model = _models.get(key)
     if model is None:
@@ -115,17 +119,23 @@ def _model(program: str, blob: torch.Tensor) -> _native.Model:
 
 
 def _run_cpu(x: torch.Tensor, program: str, blob: torch.Tensor, threads: int) -> torch.Tensor:
-    shape = tuple(x.shape)
-    model = _model(program, blob)
-    y = torch.empty(programs.output_shape(program, shape))
+    model, shape = _model(program, blob), x.shape
+    B, H, W = (shape[0], *_hw(program, shape))
+    y = torch.empty(model.output_shape(B, H, W))
     if y.numel() == 0:
         return y
     threads = threads or min(torch.get_num_threads(), MAX_THREADS)
-    B, H, W = (shape[0], *_hw(program, shape))
     space = _workspace(model.workspace_bytes(B, H, W, threads))
     kind = "uint8" if x.dtype == torch.uint8 else "float32"
     model.run(
-        x.data_ptr(), kind, shape, x.stride(), y.data_ptr(), space.data_ptr(), space.numel(), threads
+        x.data_ptr(),
+        kind,
+        shape,
+        x.stride(),
+        y.data_ptr(),
+        space.data_ptr(),
+        space.numel(),
+        threads,
     )
     return y
 
@@ -142,8 +152,8 @@ def _check(x: torch.Tensor, program: str, blob: torch.Tensor) -> None:
     if x.dtype not in DTYPES or x.layout != torch.strided:
         kind = f"{x.dtype}" if x.layout == torch.strided else f"{x.layout}"
         raise ValueError(
-            f"evit_fast: x is {kind}, but expected uint8 pixels or a dense float16, bfloat16, float32 or "
-            "float64 tensor; convert it"
+            f"evit_fast: x is {kind}, but expected uint8 pixels or a dense float16, bfloat16, "
+            "float32 or float64 tensor; convert it"
         )
     axes = f"[B, {wide}, H, W]" if stem else f"[B, H, W, {wide}]"
     if x.dim() != 4 or x.shape[1 if stem else 3] != wide:
@@ -155,11 +165,13 @@ def _check(x: torch.Tensor, program: str, blob: torch.Tensor) -> None:
         )
     if x.dtype == torch.uint8 and not stem:
         raise ValueError(
-            f"evit_fast: x is uint8, but a program that starts with {first.name} takes tokens, not pixels; "
-            "convert it to a float dtype"
+            f"evit_fast: x is uint8, but a program that starts with {first.name} takes tokens, "
+            "not pixels; convert it to a float dtype"
         )
     if x.device.type == "meta":
-        raise ValueError("evit_fast: x is on the meta device and has no data; move it to a real one")
+        raise ValueError(
+            "evit_fast: x is on the meta device and has no data; move it to a real one"
+        )
     if x.device != blob.device:
         raise ValueError(
             f"evit_fast: x is on {x.device}, the weights are on {blob.device}; move one of them"
@@ -205,7 +217,9 @@ def _fake(
 
 
 class _NoBackward(torch.autograd.Function):
-    """Gives the result a grad_fn. Its backward is an op of its own, which raises when it runs, not when it is traced."""
+    """Gives the result a grad_fn. Its backward is an op of its own, which raises when it runs, not
+    when it is traced.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, anchor: torch.Tensor | None, *rest: object) -> torch.Tensor:
@@ -247,7 +261,8 @@ def _no_backward_fake(grad: torch.Tensor, size: Sequence[int], dtype: torch.dtyp
 
 _library = torch.library.Library("evit_fast", "FRAGMENT")
 _library.define(
-    'forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, str backend="auto", int threads=0) -> Tensor',
+    "forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, "
+    'str backend="auto", int threads=0) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -271,8 +286,11 @@ def forward(
     backend: str = "auto",
     threads: int = 0,
 ) -> torch.Tensor:
-    """The op; without the detour over autograd's Python kernel (6 us) where no gradient could be asked for."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (anchor is not None or x.requires_grad)):
+    """The op, past autograd's Python kernel (6 us): straight to what that kernel would do."""
+    if torch.compiler.is_compiling():
         return _op(x, program, blob, anchor, backend, threads)
+    wants = x.requires_grad or (anchor is not None and anchor.requires_grad)
+    if wants and torch.is_grad_enabled():
+        return _NoBackward.apply(x, anchor, program, blob, backend, threads)
     with torch._C._AutoDispatchBelowAutograd():
         return _op(x, program, blob, None, backend, threads)

@@ -49,7 +49,9 @@ class Explanation:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """What runs `model`, an accelerated one or a Program. ValueError: neither, or one that is training."""
+    """What runs `model`, an accelerated one or a Program. ValueError: neither, or one that is
+    training.
+    """
     if isinstance(model, Program):
         program, blob = model.program, model.blob
     elif isinstance(model, Fused):

@@ -1,7 +1,8 @@
-"""EfficientViT that runs as a program of fused ops in evaluation and is the eager model in training.
-
-`accelerate` makes one from any EfficientViT. Weights may change at any time: a forward that would use stale ones folds
-again first (`watch.py` says how it knows, and what it cannot see; `refold()` is for that).
+"""EfficientViT that runs as a program of fused ops in evaluation and is the eager model in
+training.
+ `accelerate` makes one from any EfficientViT. Weights may change at any time: a forward that would
+use stale ones folds again first (`watch.py` says how it knows, and what it cannot see; `refold()`
+is for that).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ from evit_fast.watch import Seen, Watch
 OPS_PER_DOWNSAMPLE = 3
 OPS_PER_BLOCK = 3
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch < 2.7 has none
 _requires_grad = attrgetter("requires_grad")
 _lock = threading.RLock()  # one fold at a time
 
@@ -40,7 +43,9 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 class Folded(NamedTuple):
-    """Programs over one blob, and which weights they were made from. Replaced as a whole, never changed."""
+    """Programs over one blob, and which weights they were made from. Replaced as a whole, never
+    changed.
+    """
 
     program: str  # everything
     features: str  # without the classifier
@@ -54,20 +59,23 @@ class Folded(NamedTuple):
 
 
 class Fused:
-    """Mixed into an eager model: its weights as a program, folded again whenever they may have changed."""
+    """Mixed into an eager model: its weights as a program, folded again whenever they may have
+    changed.
+    """
 
     options: Options
     _watch: Watch
     _folded: Folded | None = None
 
     def refold(self) -> None:
-        """Folds the weights again. Needed only after writes that torch counts no version for: through `.data` or
+        """Folds the weights again. Needed only after writes that torch counts no version for:
+        through `.data` or
         numpy, `p.data = ...`, or by a fused optimiser while in evaluation."""
         with _lock:
             self._watch.flatten(self)
             self._folded = self._fold()
 
-    def train(self, mode: bool = True):  # noqa: ANN201
+    def train(self, mode: bool = True):
         was = self.training
         super().train(mode)
         if was or mode or self._folded is None or self._watch.changed(self._folded.seen):
@@ -87,7 +95,7 @@ class Fused:
         self._renew()
         return taken
 
-    def _apply(self, *args: Any, **kwargs: Any):  # noqa: ANN202
+    def _apply(self, *args: Any, **kwargs: Any):
         super()._apply(*args, **kwargs)
         self._renew()
         return self
@@ -107,7 +115,7 @@ class Fused:
         self._renew(own=True)
 
     def _renew(self, own: bool = False) -> None:
-        """After anything that may have changed the weights or moved them. own: see Watch.flatten."""
+        """After what may have changed or moved the weights. own: see Watch.flatten."""
         if "_watch" not in self.__dict__:  # while the eager model is being built
             return
         with _lock:
@@ -120,7 +128,7 @@ class Fused:
     def _fresh(self) -> Folded:
         """The programs of the present weights."""
         folded = self._folded
-        if torch.compiler.is_compiling():  # a compiled graph looks at nothing; the methods above fold for it
+        if torch.compiler.is_compiling():  # a compiled graph looks at nothing: see `_renew`
             return folded
         if folded is None or self._watch.changed(folded.seen):
             with _lock:
@@ -132,8 +140,12 @@ class Fused:
     def _fold(self) -> Folded:
         parameters = tuple(self.parameters())
         if any(p.is_meta for p in parameters):
-            raise ValueError("the weights are on the meta device and have no values; load them first")
-        seen = self._watch.look(self)  # before reading: what is written meanwhile shows at the next look
+            raise ValueError(
+                "the weights are on the meta device and have no values; load them first"
+            )
+        seen = self._watch.look(
+            self
+        )  # before reading: what is written meanwhile shows at the next look
         with torch.inference_mode(False), torch.no_grad():
             ops = fold(self, self.config.mean, self.config.std)
             if isinstance(self, EfficientVitFeatures) and ops[-1][0].op == "classifier":
@@ -151,9 +163,7 @@ class Fused:
         return Folded(
             program=program,
             features=programs.slice_(program, 0, end),
-            stages=tuple(
-                programs.slice_(program, a, b) for a, b in zip(cuts, cuts[1:], strict=False)
-            ),
+            stages=tuple(programs.slice_(program, a, b) for a, b in pairwise(cuts)),
             head=programs.slice_(program, end) if end < len(ops) else None,
             blob=blob,
             dtype=dtype,
@@ -164,9 +174,9 @@ class Fused:
 
     def _run(self, x: Tensor, folded: Folded, program: str) -> Tensor:
         anchor = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not _is_exporting():
             anchor = folded.anchor
-            if not torch.compiler.is_compiling() and not (anchor is not None and anchor.requires_grad):
+            if not ((anchor is not None and anchor.requires_grad) or torch.compiler.is_compiling()):
                 anchor = next(filter(_requires_grad, folded.parameters), None)
         options = self.options
         return columns.forward(
@@ -189,8 +199,9 @@ class Fused:
 class FastEfficientVit(Fused, EfficientVit):
     """EfficientVit whose forward in evaluation runs the program; made by `accelerate`.
 
-    x: [B, in_chans, H, W], any strides: uint8 pixels, or floats that are normalised already. Results have x's dtype
-    (uint8: float32). Forward hooks of modules inside do not run in evaluation.
+    x: [B, in_chans, H, W], any strides: uint8 pixels, or floats that are normalised already.
+    Results have x's dtype (uint8: float32). Forward hooks of modules inside do not run in
+    evaluation, and a mode set on one of them alone does not count: the whole model's does.
     """
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -240,7 +251,9 @@ class FastEfficientVit(Fused, EfficientVit):
 
 
 class FastEfficientVitFeatures(Fused, EfficientVitFeatures):
-    """EfficientVitFeatures whose forward in evaluation runs the program, a list of maps; made by `accelerate`."""
+    """EfficientVitFeatures whose forward in evaluation runs the program, a list of maps; made by
+    `accelerate`.
+    """
 
     def forward(self, x: Tensor) -> list[Tensor]:
         if self.training:
@@ -261,7 +274,8 @@ def accelerate(
     deterministic: bool = False,
     calibration: Iterable[Any] | None = None,
 ) -> FastEfficientVit | FastEfficientVitFeatures:
-    """A fused copy of an EfficientViT of timm, of the official code or of evit_fast; `model` stays untouched.
+    """A fused copy of an EfficientViT of timm, of the official code or of evit_fast; `model` stays
+    untouched.
 
     Returned in evaluation mode. Features-only wrappers give a FastEfficientVitFeatures.
 
@@ -274,7 +288,8 @@ def accelerate(
     deterministic the same bits for an image whatever the batch: holds on a CPU anyway
     calibration   batches (or tuples that start with one), for dtype=torch.int8
 
-    ValueError: not an EfficientViT, or a wrong argument. NotImplementedError: nothing here can run it.
+    ValueError: not an EfficientViT, or a wrong argument. NotImplementedError: nothing here can run
+    it.
     """
     options = Options(dtype, backend, strict, threads, graphs, deterministic, calibration)
     with torch.inference_mode(False), torch.no_grad():

@@ -15,7 +15,9 @@ COMPUTE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Options:
-    """dtype: what the program computes in, None = the weights' own. threads: None follows torch at each call."""
+    """dtype: what the program computes in, None = the weights' own. threads: None follows torch at
+    each call.
+    """
 
     dtype: torch.dtype | None = None
     backend: str = "auto"
@@ -53,7 +55,9 @@ class Options:
             )
 
     def check(self, program: str, device: torch.device) -> None:
-        """Raises where the program cannot run on the device as asked; with strict, where it would fall back."""
+        """Raises where the program cannot run on the device as asked; with strict, where it would
+        fall back.
+        """
         column, why = choose(program, device.type, self.backend)
         if self.strict and column == "reference" and self.backend != "reference":
             raise NotImplementedError(

@@ -17,11 +17,12 @@ from evit_fast.options import Options
 
 
 class Program(nn.Module):
-    """A program with its weights, as `load` returns it: runs, explains itself and is saved again; does not train.
+    """A program with its weights, as `load` returns it: runs, explains itself and is saved again;
+    does not train.
 
-    forward: [B, in, H, W] uint8 pixels or normalised floats, any strides -> logits [B, num_classes], in x's dtype
-    (uint8: float32); the map [B, C, H', W'] where the program has no classifier.
-    metadata: what the file says about it: num_classes, preprocessing, model.
+    forward: [B, in, H, W] uint8 pixels or normalised floats, any strides -> logits [B,
+    num_classes], in x's dtype (uint8: float32); the map [B, C, H', W'] where the program has no
+    classifier. metadata: what the file says about it: num_classes, preprocessing, model.
     """
 
     blob: Tensor
@@ -52,7 +53,7 @@ class Program(nn.Module):
         """The last map, [B, C, H', W']."""
         return self._run(x, self._features).permute(0, 3, 1, 2)
 
-    def explain(self):  # noqa: ANN201
+    def explain(self):
         """What runs each op; see `evit_fast.explain`."""
         from evit_fast.explanation import explain
 
@@ -83,9 +84,7 @@ class Program(nn.Module):
 
     def _run(self, x: Tensor, program: str) -> Tensor:
         options = self.options
-        return columns.forward(
-            x, program, self.blob, None, options.backend, options.threads or 0
-        )
+        return columns.forward(x, program, self.blob, None, options.backend, options.threads or 0)
 
 
 def _folded(what: str) -> str:
@@ -103,7 +102,8 @@ def save(
 ) -> None:
     """Writes an accelerated model or a program to one file that `load` reads (docs/format.md).
 
-    classes: names of the classes, kept in the file. ValueError: not an accelerated model, or too few names.
+    classes: names of the classes, kept in the file. ValueError: not an accelerated model, or too
+    few names.
     """
     if isinstance(model, Program):
         metadata = dict(model.metadata)
@@ -148,7 +148,8 @@ def load(
 ) -> Program:
     """The program in a file written by `save`; arguments as in `accelerate`.
 
-    ValueError: the file is damaged or not one of ours. NotImplementedError: nothing here can run it.
+    ValueError: the file is damaged or not one of ours. NotImplementedError: nothing here can run
+    it.
     """
     options = Options(None, backend, strict, threads, graphs, deterministic)
     program, blob, metadata = container.read(path)

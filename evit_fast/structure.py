@@ -1,7 +1,8 @@
-"""Reads any EfficientViT, by its structure: timm's, the official code's, ours, and wrappers for features.
-
-`replica()` answers with our eager model that holds a copy of the weights; nothing of the original is touched, called
-or imported. Names say what a tensor is (see `checkpoint.py`), shapes say the sizes.
+"""Reads any EfficientViT, by its structure: timm's, the official code's, ours, and wrappers for
+features.
+ `replica()` answers with our eager model that holds a copy of the weights; nothing of the original
+is touched, called or imported. Names say what a tensor is (see `checkpoint.py`), shapes say the
+sizes.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ _BN = "running_mean"
 
 
 def replica(model: nn.Module) -> EfficientVit | EfficientVitFeatures:
-    """Our eager model with copies of `model`'s weights, dtypes, devices, requires_grad flags and BN settings.
+    """Our eager model with copies of `model`'s weights, dtypes, devices, requires_grad flags and BN
+    settings.
 
-    Returned in evaluation mode. ValueError: not an EfficientViT; NotImplementedError: one with a part that the fused
-    ops do not have.
+    Returned in evaluation mode. ValueError: not an EfficientViT; NotImplementedError: one with a
+    part that the fused ops do not have.
     """
     model = _unwrapped(model)
     tensors = {k: v for k, v in _tensors(model) if not k.endswith("attention_bias_idxs")}
@@ -102,20 +104,25 @@ def _timm_name(name: str) -> str:
 def _check(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     kind = type(model).__name__
     if "patch_embed.conv1.conv.weight" not in state or f"patch_embed.conv1.bn.{_BN}" not in state:
-        fused = " whose batch norms are folded already" if "patch_embed.conv1.weight" in state else ""
+        fused = (
+            " whose batch norms are folded already" if "patch_embed.conv1.weight" in state else ""
+        )
         raise ValueError(
-            f"expected an EfficientViT (Microsoft's, M0 .. M5) from timm, the official code or evit_fast, got "
-            f"{kind}{fused}; give the model as it trains"
+            "expected an EfficientViT (Microsoft's, M0 .. M5) from timm, the official code or "
+            f"evit_fast, got {kind}{fused}; give the model as it trains"
         )
     for name, tensor in state.items():
         if tensor.is_meta:
-            raise ValueError(f"{name} is on the meta device and has no values; load the weights first")
+            raise ValueError(
+                f"{name} is on the meta device and has no values; load the weights first"
+            )
     for name, m in model.named_modules():
         if not any(True for _ in m.children()) and type(m).__name__ not in LEAVES:
             if isinstance(m, (nn.Sequential, nn.ModuleList)):
                 continue
             raise NotImplementedError(
-                f"{name} is {type(m).__name__}, which the fused ops do not have; use the eager model"
+                f"{name} is {type(m).__name__}, which the fused ops do not have; "
+                "use the eager model"
             )
     pool = _pool_type(model)
     if pool not in ("avg", ""):
@@ -143,11 +150,13 @@ def _config(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Config, list
             kernels += [dw.shape[-1]] if j == len(kernels) else []
             if kernels[j] != dw.shape[-1]:
                 raise NotImplementedError(
-                    f"{attn}.dws.{j} has a kernel of side {dw.shape[-1]}, but head {j} of an earlier stage "
-                    f"{kernels[j]}; one side per head is expected"
+                    f"{attn}.dws.{j} has a kernel of side {dw.shape[-1]}, but head {j} of an "
+                    f"earlier stage {kernels[j]}; one side per head is expected"
                 )
     if len(key_dims) != 1:
-        raise NotImplementedError(f"key_dim differs between heads ({sorted(key_dims)}); expected one")
+        raise NotImplementedError(
+            f"key_dim differs between heads ({sorted(key_dims)}); expected one"
+        )
     sizes = {
         "embed_dim": tuple(dims),
         "depth": tuple(depth),
@@ -179,7 +188,8 @@ def _preprocessing(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         values = held.get(key) or usual
-        # With another number of channels than statistics, timm leaves it to the caller: their average serves.
+        # With another number of channels than statistics, timm leaves it to the caller: their
+        # average serves.
         found[key] = tuple(values) if len(values) == chans else (sum(values) / len(values),) * chans
     for key in ("crop_pct", "interpolation"):
         if held.get(key):
@@ -221,7 +231,9 @@ def _pool_type(model: nn.Module) -> str:
 def _out_indices(model: nn.Module) -> tuple[int, ...] | None:
     """Of a features_only wrapper (timm's list wrapper, or ours); None for a whole model."""
     info = getattr(model, "feature_info", None)
-    if not hasattr(info, "out_indices") or hasattr(model, "head") and not isinstance(model, nn.ModuleDict):
+    if not hasattr(info, "out_indices") or (
+        hasattr(model, "head") and not isinstance(model, nn.ModuleDict)
+    ):
         return None
     if type(model).__name__ == "FeatureDictNet":
         raise NotImplementedError(

@@ -1,11 +1,10 @@
 """Tells, in about a microsecond, whether any weight of a module changed since the last look.
-
-Every floating parameter and buffer is a view of one flat tensor per dtype and device; views share their base's version
-counter, so that one comparison sees every in-place change: under no_grad, through a detached alias, by an optimiser.
-Replaced tensors are seen by the modules' own dictionaries, which are exchanged for ones that count writes.
-
-Not seen, because torch counts no version for them: writes through `.data` or numpy, fused optimisers, `p.data = ...`,
-swap_tensors from outside.
+ Every floating parameter and buffer is a view of one flat tensor per dtype and device; views share
+their base's version counter, so that one comparison sees every in-place change: under no_grad,
+through a detached alias, by an optimiser. Replaced tensors are seen by the modules' own
+dictionaries, which are exchanged for ones that count writes.
+ Not seen, because torch counts no version for them: writes through `.data` or numpy, fused
+optimisers, `p.data = ...`, swap_tensors from outside.
 """
 
 from __future__ import annotations
@@ -50,31 +49,31 @@ class WatchedDict(dict):
         for writes in self.listeners:
             writes.count += 1
 
-    def __setitem__(self, key, value):  # noqa: ANN001, ANN204
+    def __setitem__(self, key, value):
         super().__setitem__(key, value)
         self._changed()
 
-    def __delitem__(self, key):  # noqa: ANN001, ANN204
+    def __delitem__(self, key):
         super().__delitem__(key)
         self._changed()
 
-    def __ior__(self, other):  # noqa: ANN001, ANN204
+    def __ior__(self, other):
         self.update(other)
         return self
 
-    def update(self, *args, **kwargs):  # noqa: ANN002, ANN003, ANN201
+    def update(self, *args, **kwargs):
         super().update(*args, **kwargs)
         self._changed()
 
-    def pop(self, *args):  # noqa: ANN002, ANN201
+    def pop(self, *args):
         self._changed()
         return super().pop(*args)
 
-    def popitem(self):  # noqa: ANN201
+    def popitem(self):
         self._changed()
         return super().popitem()
 
-    def setdefault(self, *args):  # noqa: ANN002, ANN201
+    def setdefault(self, *args):
         self._changed()
         return super().setdefault(*args)
 
@@ -85,7 +84,7 @@ class WatchedDict(dict):
     def __deepcopy__(self, memo: dict) -> dict:
         return copy.deepcopy(dict(self), memo)
 
-    def __reduce__(self):  # noqa: ANN204
+    def __reduce__(self):
         return dict, (dict(self),)
 
 
@@ -119,11 +118,12 @@ class Watch:
         return Seen(writes, [(t, t._version) for t in (*flats, *off)])
 
     def flatten(self, module: nn.Module, own: bool = False) -> None:
-        """Moves the weights onto flat tensors; their identity, and so every optimiser's hold on them, stays.
+        """Moves the weights onto flat tensors; their identity, and so every optimiser's hold on
+        them, stays.
 
-        own=False leaves a tensor alone that is part of a larger storage: someone may have put it there. Also left alone
-        are the weights of another watched module, tensors of a subclass, and those that a live graph holds: they are
-        watched one by one.
+        own=False leaves a tensor alone that is part of a larger storage: someone may have put it
+        there. Also left alone are the weights of another watched module, tensors of a subclass, and
+        those that a live graph holds: they are watched one by one.
         """
         with torch.inference_mode(False), torch.no_grad():
             groups: dict[tuple, list[torch.Tensor]] = {}
@@ -132,7 +132,9 @@ class Watch:
             kept: list[torch.Tensor] = []
             for group in groups.values():
                 flat = next((f for f in self._flats if all(_on(t, f) for t in group)), None)
-                kept.append(_new_flat(self._movable(group, own), group[0]) if flat is None else flat)
+                kept.append(
+                    _new_flat(self._movable(group, own), group[0]) if flat is None else flat
+                )
             self._flats = [flat for flat in kept if flat.numel()]
 
     def _movable(self, group: list[torch.Tensor], own: bool) -> list[torch.Tensor]:
@@ -211,7 +213,9 @@ def _new_flat(movable: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
 def _exchange(t: torch.Tensor, view: torch.Tensor) -> None:
     """Makes t the view, keeping the Python object; leaves t alone where torch cannot."""
     grad, requires = t.grad if t.is_leaf else None, t.requires_grad
-    new = nn.Parameter(view, requires_grad=requires) if isinstance(t, nn.Parameter) else view.detach()
+    new = (
+        nn.Parameter(view, requires_grad=requires) if isinstance(t, nn.Parameter) else view.detach()
+    )
     del view
     try:
         torch.utils.swap_tensors(t, new)
@@ -224,4 +228,3 @@ def _exchange(t: torch.Tensor, view: torch.Tensor) -> None:
 def _alone(t: torch.Tensor) -> bool:
     """t fills its storage: nobody else's tensors lie in it."""
     return t.untyped_storage().nbytes() == t.numel() * t.element_size()
-
