@@ -14,7 +14,6 @@ constexpr int kLanes = 8;
 constexpr int kRows2 = 3, kRows3 = 0, kRows4 = 1, kRows1 = 6;
 constexpr int kMaxPanels = 5;
 constexpr int kDwColumns = 10;
-constexpr int kConvRows1 = 6;
 constexpr int kConv1Channels = 4, kConv1Vectors = 3;
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }

@@ -14,7 +14,6 @@ constexpr int kLanes = 16;
 constexpr int kRows2 = 14, kRows3 = 9, kRows4 = 6, kRows1 = 16;
 constexpr int kMaxPanels = 6;   // panels side by side for a single row
 constexpr int kDwColumns = 14;  // outputs of a depthwise row kept in registers
-constexpr int kConvRows1 = 28;  // pixels x one panel of conv2
 constexpr int kConv1Channels = 8, kConv1Vectors = 3;  // 24 accumulators + 3 pixels + 1 weight
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }

@@ -13,7 +13,6 @@ constexpr int kLanes = 4;
 constexpr int kRows2 = 1, kRows3 = 0, kRows4 = 0, kRows1 = 2;
 constexpr int kMaxPanels = 2;
 constexpr int kDwColumns = 8;
-constexpr int kConvRows1 = 2;
 constexpr int kConv1Channels = 4, kConv1Vectors = 2;
 
 EVIT_INLINE f32 load(const float* p) { return *(const f32_unaligned*)p; }

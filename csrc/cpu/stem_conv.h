@@ -39,11 +39,10 @@ EVIT_NOINLINE void conv1_tile(const Conv1& g, int c, int x) {
     const float* w = g.w + (long)(c / 8) * g.in * 72 + c % 8 + dy * g.in * 24;
     for (int ci = 0; ci < g.in; ci++, p += 2 * g.ld_in, w += 24) {
       EVIT_UNROLL for (int dx = 0; dx < 3; dx++) {
-        keep_order();
+        keep_order();  // else loads of later taps move up and the tile spills
+        const float* columns = dx == 1 ? p + g.ld_in : p + dx / 2;  // odd, even, odd + 1
         f32 v[NV];
-        EVIT_UNROLL for (int j = 0; j < NV; j++) {
-          v[j] = load((dx == 1 ? p + g.ld_in : p + dx / 2) + kLanes * j);
-        }
+        EVIT_UNROLL for (int j = 0; j < NV; j++) v[j] = load(columns + kLanes * j);
         EVIT_UNROLL for (int i = 0; i < NC; i++) {
           const f32 s = splat(w[dx * 8 + i]);
           EVIT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma(s, v[j], acc[i][j]);
@@ -122,20 +121,19 @@ EVIT_NOINLINE void conv_tile(const Conv& g, int x, int n) {
   }
   for (int dy = g.taps.dy0; dy < g.taps.dy1; dy++) {
     const float* w = g.w + 3L * K * n + (long)dy * K * kPanel;
-    if (R == Rows::kPlanar) {
-      const float* a = g.taps.row[dy] + 2 * x;
-      for (int ci = 0; ci < g.CI; ci++, a += g.ld_in) {
-        EVIT_UNROLL for (int dx = 0; dx < 3; dx++, w += kPanel) {
-          keep_order();  // 60 % of peak without: loads of all taps move up and the tile spills
-          conv_step<MR, NP>(acc, a + dx, 2, w, panel);
-        }
-      }
-    } else {
-      const long stride = 2L * g.CI;
-      const float* a = g.taps.row[dy] + x * stride;
-      for (int k = 0; k < K; k++, a++, w += kPanel) {
+    const long stride = R == Rows::kPlanar ? 2 : 2L * g.CI;  // floats from pixel to pixel
+    const float* a = g.taps.row[dy] + x * stride;
+    int dx = 0;
+    for (int k = 0; k < K; k++, w += kPanel) {
+      if (R == Rows::kNhwc) {
         EVIT_UNROLL for (int p = 0; p < NP; p++) prefetch(w + p * panel + kPanel * 16);
-        conv_step<MR, NP>(acc, a, stride, w, panel);
+      }
+      conv_step<MR, NP>(acc, a, stride, w, panel);
+      if (R == Rows::kPlanar) {  // a loop over dx would be unrolled, and the tile would spill
+        a += ++dx < 3 ? 1 : g.ld_in - 2;
+        dx = dx < 3 ? dx : 0;
+      } else {
+        a++;
       }
     }
   }
@@ -170,7 +168,7 @@ EVIT_INLINE void conv_panels(const Conv& g, int p0, int p1) {
 EVIT_NOINLINE void conv2_row(const Conv& g) {
   const int panels = g.N / kPanel;
   if constexpr (kRows3 > 0) {
-    if (panels == 1) return conv_panels<Rows::kPlanar, true, 1, kConvRows1>(g, 0, 1);
+    if (panels == 1) return conv_panels<Rows::kPlanar, true, 1, kRows1>(g, 0, 1);
     const int threes = panels % 2 ? 3 : 0;
     if (threes) conv_panels<Rows::kPlanar, true, 3, kRows3>(g, 0, threes);
     conv_panels<Rows::kPlanar, true, 2, kRows2>(g, threes, panels);

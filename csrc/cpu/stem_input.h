@@ -1,7 +1,7 @@
-// Input rows of the stem. Stride 2 wants even and odd columns apart, so every row is split once,
-// channel by channel, into [in][2][ld]: first the odd columns shifted by one (position 0 is column
-// -1), then the even ones. Tap dx of output j then is one of odd[j], even[j], odd[j + 1]. Columns
-// outside the image hold the padding value, to the end of the last vector.
+// Input rows of the stem. Stride 2 wants even and odd columns apart, so every row is split once
+// into [in][2][ld]: the odd columns shifted by one (position 0 is column -1), then the even ones.
+// The taps of output j are odd[j], even[j] and odd[j + 1]. Columns outside the image hold the
+// padding value, to the end of the last vector.
 #pragma once
 
 #include "cpu/ops.h"
@@ -18,51 +18,58 @@ struct Pixels {
   int64_t stride_c, stride_h, stride_w;  // elements
   const float* pad;                      // [in], or null: 0
   int in, W;
-  long ld;  // floats of one half row: at least round_up(halved(W), kLanes) + 1
+  long ld;  // floats of a half row: at least round_up(halved(W), kLanes) + 1
 };
 
-EVIT_INLINE float pad_of(const Pixels& p, int ci) { return p.pad ? p.pad[ci] : 0.0f; }
+// Columns i, i + 1, ... of one channel, i even.
+EVIT_INLINE void put(const Pixels& p, f32 even, f32 odd, int i, float* out) {
+  store(out + 1 + i / 2, odd);
+  store(out + p.ld + i / 2, even);
+}
 
-// Columns from `first` on of one channel, one by one, then padding up to a whole step.
+// Columns from i on, one by one.
 template <class T>
-EVIT_INLINE void split_columns(const Pixels& p, const T* x, int ci, int first, float* odd,
-                               float* even) {
-  for (int i = first; i < round_up(p.W, kSplit); i++) {
-    const float v = i < p.W ? (float)x[i * p.stride_w] : pad_of(p, ci);
-    (i % 2 ? odd + 1 : even)[i / 2] = v;
-  }
+EVIT_INLINE void put_each(const Pixels& p, const T* x, int i, float* out) {
+  for (; i < p.W; i++) out[(i % 2 ? 1 : p.ld) + i / 2] = (float)x[i * p.stride_w];
+}
+
+// Where the step that should begin at column i begins: the last one of a row reaches back instead
+// of over its end.
+EVIT_INLINE int step_at(const Pixels& p, int i) {
+  return i + kSplit <= p.W ? i : (p.W - kSplit) / 2 * 2;
 }
 
 template <class T>
 EVIT_NOINLINE void split_row(const Pixels& p, int row, float* out) {
   const T* x = (const T*)p.x + row * p.stride_h;
-  const int whole = p.W / kSplit * kSplit;
-  const long plane = 2 * p.ld;
-  int done = 0;
-  if (p.in == 3 && p.stride_w == 3 && p.stride_c == 1) {  // RGB
-    for (; done < whole; done += kSplit) {
-      f32 e[3], o[3];
-      deinterleave_rgb(x + (long)done * 3, e, o);
-      EVIT_UNROLL for (int ci = 0; ci < 3; ci++) {
-        store(out + ci * plane + 1 + done / 2, o[ci]);
-        store(out + ci * plane + p.ld + done / 2, e[ci]);
+  const long next = 2 * p.ld;
+  const bool steps = p.W >= kSplit;
+  const bool rgb = p.in == 3 && p.stride_w == 3 && p.stride_c == 1;
+  for (int ci = 0; ci < p.in; ci++) {
+    const float pad = p.pad ? p.pad[ci] : 0.0f;
+    out[ci * next] = pad;
+    if (p.W % kSplit) put(p, splat(pad), splat(pad), p.W / kSplit * kSplit, out + ci * next);
+  }
+  if (steps && rgb) {
+    for (int i = 0; i < p.W; i += kSplit) {
+      const int at = step_at(p, i);
+      f32 even[3], odd[3];
+      deinterleave_rgb(x + 3L * at, even, odd);
+      EVIT_UNROLL for (int ci = 0; ci < 3; ci++) put(p, even[ci], odd[ci], at, out + ci * next);
+    }
+  } else if (steps && p.stride_w == 1) {
+    for (int ci = 0; ci < p.in; ci++) {
+      for (int i = 0; i < p.W; i += kSplit) {
+        const int at = step_at(p, i);
+        f32 even, odd;
+        deinterleave(x + ci * p.stride_c + at, &even, &odd);
+        put(p, even, odd, at, out + ci * next);
       }
     }
   }
-  for (int ci = 0; ci < p.in; ci++, x += p.stride_c, out += plane) {
-    float *odd = out, *even = out + p.ld;
-    int i = done;
-    if (p.stride_w == 1) {
-      for (; i < whole; i += kSplit) {
-        f32 e, o;
-        deinterleave(x + i, &e, &o);
-        store(odd + 1 + i / 2, o);
-        store(even + i / 2, e);
-      }
-    }
-    odd[0] = pad_of(p, ci);
-    split_columns(p, x, ci, i, odd, even);
-  }
+  const int done =
+      steps && (rgb || p.stride_w == 1) ? p.W / 2 * 2 : 0;  // an odd width leaves one column
+  for (int ci = 0; ci < p.in; ci++) put_each(p, x + ci * p.stride_c, done, out + ci * next);
 }
 
 EVIT_INLINE void input_row(const Pixels& p, int row, float* out) {
@@ -72,10 +79,10 @@ EVIT_INLINE void input_row(const Pixels& p, int row, float* out) {
     split_row<float>(p, row, out);
 }
 
-// A row outside the image.
+// A row outside the image; needs p.pad.
 EVIT_INLINE void padding_row(const Pixels& p, float* out) {
   for (int ci = 0; ci < p.in; ci++)
-    for (long i = 0; i < 2 * p.ld; i++) *out++ = pad_of(p, ci);
+    for (long i = 0; i < 2 * p.ld; i++) *out++ = p.pad[ci];
 }
 
 }  // namespace
