@@ -148,4 +148,4 @@ def test_the_demo_names_photographs_with_a_checkpoint(tmp_path, capsys):
     demo.photographs(paths, "m0", str(tmp_path / "m0.pth"))
     out = capsys.readouterr().out
     assert "china.jpg" in out and "flower.jpg" in out and "untrained" not in out
-    assert len(out.splitlines()) == 1 + 2 + 2 * 6
+    assert len(out.splitlines()) == 2 + 2 * 6

@@ -10,9 +10,10 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from randomize import randomize
 
 import evit_fast
-from evit_fast import imagenet, images
+from evit_fast import container, imagenet, images
 
 
 def eager_probabilities(model, path) -> torch.Tensor:
@@ -82,8 +83,6 @@ def test_large_images_only_when_asked_for(evit, checkpoint, tmp_path):
 
 
 def test_a_saved_model_brings_its_own_everything(evit, pictures, tmp_path):
-    from randomize import randomize
-
     model = randomize(evit_fast.create_model("m0", num_classes=4), seed=5).eval()
     evit_fast.save(evit_fast.accelerate(model), tmp_path / "four.evit")
     code, out, _ = evit("classify", pictures, "--checkpoint", tmp_path / "four.evit", "--json")
@@ -93,22 +92,15 @@ def test_a_saved_model_brings_its_own_everything(evit, pictures, tmp_path):
     assert_answers(report, model)
 
 
-def test_class_names_come_from_the_metadata(evit, pictures, tmp_path):
-    from randomize import randomize
-
-    from evit_fast import container
-
+def test_class_names_come_from_the_file(evit, pictures, tmp_path):
     model = randomize(evit_fast.create_model("m0", num_classes=4), seed=5).eval()
-    evit_fast.save(evit_fast.accelerate(model), tmp_path / "four.evit")
     names = ["ant", "bee", "cat", "dog"]
-    program, blob, metadata = container.read(tmp_path / "four.evit")
-    container.write(
-        tmp_path / "named.evit", program, blob, {**metadata, "classes": json.dumps(names)}
-    )
+    evit_fast.save(evit_fast.accelerate(model), tmp_path / "named.evit", classes=names)
     image = pictures / "a.png"
     code, out, _ = evit("classify", image, "--checkpoint", tmp_path / "named.evit", "--json")
     assert code == 0
     assert_answers(json.loads(out), model, names)
+    program, blob, metadata = container.read(tmp_path / "named.evit")
     container.write(tmp_path / "few.evit", program, blob, {**metadata, "classes": '["ant"]'})
     code, _, err = evit("classify", image, "--checkpoint", tmp_path / "few.evit")
     assert code == 2 and "names 1 classes, its model has 4" in err

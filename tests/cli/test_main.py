@@ -80,7 +80,7 @@ def test_commands_are_light_to_load():
 import builtins, sys
 from evit_fast.cli.main import build_parser
 build_parser()
-print([m for m in ("PIL", "tqdm", "matplotlib", "timm") if m in sys.modules])
+print([m for m in ("torch", "numpy", "PIL", "tqdm") if m in sys.modules])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
