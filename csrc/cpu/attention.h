@@ -39,13 +39,15 @@ struct Block {
   float* p;        // [S][kBlock]
   float* largest;  // [kBlock]
   float* inverse;  // [kBlock] 1/sum
+  float* keys;     // [16][16] k transposed, then [SP] scores of a query alone
 };
 
 constexpr bool has_own_depthwise(int WIN) { return WIN == 7 || WIN == 4; }
 
 EVIT_INLINE size_t block_floats(int WIN) {
   const size_t padded = has_own_depthwise(WIN) ? 0 : WIN * (WIN + 6) * kDK;
-  return (kBlock + 2 * WIN) * kDK + padded + kDK * kBlock + (size_t)WIN * WIN * kBlock + 2 * kBlock;
+  return (kBlock + 2 * WIN) * kDK + padded + kDK * kBlock + (size_t)WIN * WIN * kBlock +
+         2 * kBlock + kPanel * kDK + round_up(WIN * WIN, kPanel);
 }
 
 EVIT_INLINE Block block_at(int WIN, float* scratch) {
@@ -56,6 +58,7 @@ EVIT_INLINE Block block_at(int WIN, float* scratch) {
   b.p = b.q + kDK * kBlock;
   b.largest = b.p + (long)WIN * WIN * kBlock;
   b.inverse = b.largest + kBlock;
+  b.keys = b.inverse + kBlock;
   return b;
 }
 
@@ -170,20 +173,22 @@ EVIT_NOINLINE void depthwise_any(const Head& h, const Block& b, int y0, int y1) 
   }
 }
 
-// b.q for queries n0 .. n0 + 16*panels.
-EVIT_INLINE void queries(const Head& h, const Block& b, int n0, int panels) {
-  const int last = n0 + panels * kPanel < h.S ? n0 + panels * kPanel : h.S;
-  const int y0 = n0 / h.WIN, y1 = (last - 1) / h.WIN + 1;
+// Depthwise of queries n0 .. n0+count-1; the first 16*panels of them transposed into b.q, with
+// zeros past the window. Returns the row of query n0.
+EVIT_INLINE const float* queries(const Head& h, const Block& b, int n0, int count, int panels) {
+  const int y0 = n0 / h.WIN, y1 = (n0 + count - 1) / h.WIN + 1;
   if (h.WIN == 7)
     depthwise_own<7>(h, y0, y1, b.rows);
   else if (h.WIN == 4)
     depthwise_own<4>(h, y0, y1, b.rows);
   else
     depthwise_any(h, b, y0, y1);
-  const float* rows = b.rows + (n0 - y0 * h.WIN) * kDK;
-  zero(b.rows + (last - y0 * h.WIN) * kDK, (n0 + panels * kPanel - last) * kDK);
-  for (int i = 0; i < panels; i++)
+  float* rows = b.rows + (n0 - y0 * h.WIN) * kDK;
+  if (count < panels * kPanel) zero(rows + count * kDK, (panels * kPanel - count) * kDK);
+  for (int i = 0; i < panels; i++) {
     transpose16(rows + i * kPanel * kDK, kDK, b.q + i * kPanel, kBlock);
+  }
+  return rows;
 }
 
 // --- Scores: p[key][query] = bias + k . q, and the largest of each query.
@@ -239,19 +244,21 @@ EVIT_INLINE void scores(const Head& h, const Block& b, int n0, int panels) {
 // --- Softmax: p = 2^(p - largest); keys of even and odd index are summed apart.
 
 EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
-  constexpr int NV = 2;
+  constexpr int NV = 1;
+  const f32 one =
+      splat(1.0f);  // p - largest as an FMA: Zen 4 adds, compares and rounds on the other pipes
   for (int n = 0; n < panels * kPanel; n += NV * kLanes) {
     float* p = b.p + n;
     f32 m[NV], even[NV], odd[NV];
     EVIT_UNROLL for (int j = 0; j < NV; j++) {
-      m[j] = load(b.largest + n + j * kLanes);
+      m[j] = -load(b.largest + n + j * kLanes);
       even[j] = odd[j] = splat(0.0f);
     }
     int key = 0;
     for (; key + 2 <= h.S; key += 2, p += 2 * kBlock) {
       EVIT_UNROLL for (int j = 0; j < NV; j++) {
-        const f32 x = exp2_small(load(p + j * kLanes) - m[j]);
-        const f32 y = exp2_small(load(p + kBlock + j * kLanes) - m[j]);
+        const f32 x = exp2_small(fma(one, load(p + j * kLanes), m[j]));
+        const f32 y = exp2_small(fma(one, load(p + kBlock + j * kLanes), m[j]));
         even[j] += x;
         odd[j] += y;
         store(p + j * kLanes, x);
@@ -260,7 +267,7 @@ EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
     }
     if (key < h.S) {
       EVIT_UNROLL for (int j = 0; j < NV; j++) {
-        const f32 x = exp2_small(load(p + j * kLanes) - m[j]);
+        const f32 x = exp2_small(fma(one, load(p + j * kLanes), m[j]));
         even[j] += x;
         store(p + j * kLanes, x);
       }
@@ -268,6 +275,44 @@ EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
     EVIT_UNROLL for (int j = 0; j < NV; j++)
         store(b.inverse + n + j * kLanes, splat(1.0f) / (even[j] + odd[j]));
   }
+}
+
+// --- One query alone: 49 queries would leave 15 of 16 lanes of their last panel empty. Here keys
+// lie in lanes; the sums run in the same order as above, so the bits are the same.
+
+EVIT_NOINLINE void lone_query(const Head& h, const Block& b, const float* q, int query,
+                              int column) {
+  const int panels = h.S / kPanel;  // and one more key
+  float* e = b.keys + kPanel * kDK;
+  for (int key = 0; key < h.S; key++) e[key] = h.w->bias[(long)key * h.SP + query];
+  const float* k = h.qkv + kDK;
+  for (int i = 0; i < panels; i++, k += kPanel * h.ld) {
+    transpose16(k, h.ld, b.keys, kPanel);
+    for (int n = 0; n < kPanel; n += kLanes) {
+      f32 acc = load(e + i * kPanel + n);
+      EVIT_UNROLL for (int d = 0; d < kDK; d++) acc =
+          fma(splat(q[d]), load(b.keys + d * kPanel + n), acc);
+      store(e + i * kPanel + n, acc);
+    }
+  }
+  f32 acc = splat(e[h.S - 1]);
+  EVIT_UNROLL for (int d = 0; d < kDK; d++) acc = fma(splat(q[d]), splat(k[d]), acc);
+  store(e + panels * kPanel, acc);
+  f32 m = acc;
+  for (int n = 0; n < panels * kPanel; n += kLanes) m = vmax(m, load(e + n));
+  store(b.keys, m);
+  float largest = b.keys[0];
+  for (int i = 1; i < kLanes; i++) largest = b.keys[i] > largest ? b.keys[i] : largest;
+  m = splat(largest);
+  for (int n = 0; n < h.S; n += kLanes) store(e + n, exp2_small(load(e + n) - m));
+  float even = 0.0f, odd = 0.0f;
+  float* p = b.p + column;
+  for (int key = 0; key + 2 <= h.S; key += 2, p += 2 * kBlock) {
+    even += p[0] = e[key];
+    odd += p[kBlock] = e[key + 1];
+  }
+  even += p[0] = e[h.S - 1];
+  b.inverse[column] = 1.0f / (even + odd);
 }
 
 // --- o = P v / sum; concat receives relu(o), f receives o + the next head's slice.
@@ -326,13 +371,15 @@ EVIT_INLINE void values(const Head& h, const Block& b, int n0, int count) {
   for (; n < panels; n++) values_columns<kTileRows1, 1>(h, b, n0, count, n * kPanel);
 }
 
-// Queries n0 .. n0 + 16*panels of the window, panels <= kBlockPanels.
-EVIT_NOINLINE void attend(const Head& h, const Block& b, int n0, int panels) {
-  queries(h, b, n0, panels);
+// Queries n0 .. n0+count-1 of the window, count <= kBlock.
+EVIT_NOINLINE void attend(const Head& h, const Block& b, int n0, int count) {
+  const bool lone = h.S % kPanel == 1 && count % kPanel == 1;
+  const int panels = lone ? count / kPanel : (count + kPanel - 1) / kPanel;
+  const float* rows = queries(h, b, n0, count, panels);
   scores(h, b, n0, panels);
   softmax(h, b, panels);
-  const int rest = h.S - n0;
-  values(h, b, n0, rest < panels * kPanel ? rest : panels * kPanel);
+  if (lone) lone_query(h, b, rows + (count - 1) * kDK, n0 + count - 1, count - 1);
+  values(h, b, n0, count);
 }
 
 }  // namespace

@@ -115,7 +115,8 @@ void attention(const Task& t, int count, int i) {
                  last ? nullptr : t.tokens + token,
                  (i + 1) * DV,
                  t.f + token * DV};
-    attend(h, t.block, panel * kPanel, n);
+    const int rest = S - panel * kPanel;
+    attend(h, t.block, panel * kPanel, n * kPanel < rest ? n * kPanel : rest);
     u += n;
   }
 }
