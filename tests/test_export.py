@@ -13,7 +13,6 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from evit_fast.bench.weights import randomize
-
 from evit_fast.export import BOUND, QKV_FORMS, export, relative_error, run_onnx, to_onnx
 from evit_fast.fold import fold
 from evit_fast.model import create_model
