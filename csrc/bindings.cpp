@@ -131,8 +131,8 @@ class Model {
     return out;
   }
   void run(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
-           const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace, size_t workspace_bytes,
-           int threads) const {
+           const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace, size_t workspace_bytes, int threads,
+           double* op_seconds = nullptr) const {
     if (sizes.size() != 4 || strides.size() != 4) value_error("x: expected 4 dimensions");
     if (dtype != "float32" && dtype != "uint8") value_error("x: expected float32 or uint8, got " + dtype);
     evit_tensor in{(void*)x, dtype == "uint8" ? EVIT_UINT8 : EVIT_FLOAT32, 4, {}, {}};
@@ -147,9 +147,16 @@ class Model {
     int failed;
     {
       py::gil_scoped_release release;
-      failed = evit_run(model_, &in, &out, (void*)workspace, workspace_bytes, threads, err);
+      failed = evit::timed_run(model_, &in, &out, (void*)workspace, workspace_bytes, threads, op_seconds, err);
     }
     if (failed) value_error(err);
+  }
+  std::vector<double> op_times(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
+                               const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace,
+                               size_t workspace_bytes, int threads) const {
+    std::vector<double> seconds(model_->model.ops.size());
+    run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads, seconds.data());
+    return seconds;
   }
 
  private:
@@ -232,8 +239,16 @@ PYBIND11_MODULE(_native, m) {
       .def(py::init<const std::string&, uintptr_t, size_t>(), py::arg("program"), py::arg("ptr"), py::arg("nbytes"))
       .def("workspace_bytes", &Model::workspace_bytes, py::arg("B"), py::arg("H"), py::arg("W"), py::arg("threads"))
       .def("output_shape", &Model::output_shape, py::arg("B"), py::arg("H"), py::arg("W"))
-      .def("run", &Model::run, py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("y"),
-           py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"));
+      .def(
+          "run",
+          [](const Model& self, uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
+             const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace, size_t workspace_bytes,
+             int threads) { self.run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads); },
+          py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("y"), py::arg("workspace"),
+          py::arg("workspace_bytes"), py::arg("threads"))
+      .def("op_times", &Model::op_times, py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
+           py::arg("y"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"),
+           "run, and the seconds that every op took (all images together).");
   py::class_<File>(m, "File", py::buffer_protocol())
       .def_property_readonly("metadata", &File::metadata)
       .def_buffer(&File::buffer);

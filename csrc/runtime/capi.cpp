@@ -64,6 +64,37 @@ int guarded(char* err, Body&& body) {
 
 }  // namespace
 
+int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
+                    size_t workspace_bytes, int threads, double* op_seconds, char* err) {
+  return guarded(err, [&] {
+    const evit::Model& m = model->model;
+    std::string error = check_input(m, *x);
+    if (!error.empty()) return fail(err, error);
+    const evit::cpu::Kernels* k = evit::kernels(&error);
+    if (!k) return fail(err, error);
+    const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1], W = x->sizes[m.starts_with_stem() ? 3 : 2];
+    evit::Plan plan;
+    if (!evit::make_plan(m, *k, B, H, W, threads, &plan)) {
+      return fail(err, "x: shape " + shape(*x) + " with " + std::to_string(threads) +
+                           " threads is out of range; expected sides from 1 to 16384 and 1 to 256 threads");
+    }
+    evit_tensor want{nullptr, EVIT_FLOAT32, 0, {}, {}};
+    want.rank = evit_output_shape(model, B, H, W, want.sizes);
+    bool same = y->rank == want.rank && y->dtype == EVIT_FLOAT32 && contiguous(*y);
+    for (int i = 0; same && i < want.rank; i++) same = y->sizes[i] == want.sizes[i];
+    if (!same) return fail(err, "y: expected contiguous float32 " + shape(want) + ", got " + shape(*y));
+    if (workspace_bytes < plan.bytes() || (uintptr_t)workspace % 64) {
+      return fail(err, "workspace: expected " + std::to_string(plan.bytes()) + " bytes aligned to 64, got " +
+                           std::to_string(workspace_bytes));
+    }
+    if (elements(*x) == 0) return 0;
+    if (op_seconds && plan.teams > 1)
+      return fail(err, "op times need one thread, or fewer images than threads");
+    evit::run_plan(m, *k, plan, *x, (float*)y->data, (float*)workspace, op_seconds);
+    return 0;
+  });
+}
+
 extern "C" {
 
 int evit_load(const char* path, evit_model** model, char* err) {
@@ -126,31 +157,7 @@ int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int6
 
 int evit_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace, size_t workspace_bytes,
              int threads, char* err) {
-  return guarded(err, [&] {
-    const evit::Model& m = model->model;
-    std::string error = check_input(m, *x);
-    if (!error.empty()) return fail(err, error);
-    const evit::cpu::Kernels* k = evit::kernels(&error);
-    if (!k) return fail(err, error);
-    const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1], W = x->sizes[m.starts_with_stem() ? 3 : 2];
-    evit::Plan plan;
-    if (!evit::make_plan(m, *k, B, H, W, threads, &plan)) {
-      return fail(err, "x: shape " + shape(*x) + " with " + std::to_string(threads) +
-                           " threads is out of range; expected sides from 1 to 16384 and 1 to 256 threads");
-    }
-    evit_tensor want{nullptr, EVIT_FLOAT32, 0, {}, {}};
-    want.rank = evit_output_shape(model, B, H, W, want.sizes);
-    bool same = y->rank == want.rank && y->dtype == EVIT_FLOAT32 && contiguous(*y);
-    for (int i = 0; same && i < want.rank; i++) same = y->sizes[i] == want.sizes[i];
-    if (!same) return fail(err, "y: expected contiguous float32 " + shape(want) + ", got " + shape(*y));
-    if (workspace_bytes < plan.bytes() || (uintptr_t)workspace % 64) {
-      return fail(err, "workspace: expected " + std::to_string(plan.bytes()) + " bytes aligned to 64, got " +
-                           std::to_string(workspace_bytes));
-    }
-    if (elements(*x) == 0) return 0;
-    evit::run_plan(m, *k, plan, *x, (float*)y->data, (float*)workspace);
-    return 0;
-  });
+  return evit::timed_run(model, x, y, workspace, workspace_bytes, threads, nullptr, err);
 }
 
 const char* evit_isa(void) {

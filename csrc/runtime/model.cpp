@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 
 #include "common/layout.h"
 #include "cpu/pool.h"
@@ -30,6 +31,10 @@ int group_size(MapSize map, int max_chunk) {
   return std::max(1, std::min(max_chunk, (int)std::min<long>(kMaxGroup, 1024 / std::max(1L, tokens))));
 }
 
+double seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
 struct Run {
   const Model& m;
   const cpu::Kernels& k;
@@ -37,6 +42,7 @@ struct Run {
   const evit_tensor& x;
   float* y;
   float* workspace;
+  double* op_seconds;
   std::atomic<int> next_chunk{0};
   SpinBarrier barrier{};
 
@@ -87,7 +93,9 @@ void Run::chunk(int c, float* arena, Team team) {
         float* out = i + 1 < seg.last ? arena + ((i - seg.first) % 2 ? plan.pong : plan.ping)
                      : last_segment   ? y + (image0 + g) * out_floats
                                       : arena + plan.boundary[s + 1] + g * out_floats;
+        const double start = op_seconds ? seconds() : 0.0;
         op(i, n, in, out, image0 + g, arena + plan.scratch, team);
+        if (op_seconds && team.rank == 0) op_seconds[i] += seconds() - start;
         in = out;
       }
     }
@@ -203,8 +211,8 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
 }
 
 void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x, float* y,
-              float* workspace) {
-  Run run{m, k, plan, x, y, workspace};
+              float* workspace, double* op_seconds) {
+  Run run{m, k, plan, x, y, workspace, op_seconds};
   pool_run(plan.team > 1 ? plan.team : plan.teams, run_rank, &run);
 }
 

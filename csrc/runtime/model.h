@@ -68,9 +68,10 @@ struct Plan {
 // False when the sizes are out of range.
 bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int64_t W, int threads, Plan* plan);
 
-// x, y and the workspace have been checked against the plan.
-void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x, float* y,
-              float* workspace);
+// x, y and the workspace have been checked against the plan. op_seconds (null: off) gets the seconds of every op added,
+// all images together; only for a plan of one arena.
+void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x, float* y, float* workspace,
+              double* op_seconds = nullptr);
 
 }  // namespace evit
 
@@ -80,3 +81,11 @@ struct evit_model {
   evit::EvitFile file;  // open when the model came from a path
   bool mapped = false;
 };
+
+namespace evit {
+
+// evit_run that also adds up the seconds of every op (op_seconds: one entry per line, or null).
+int timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace, size_t workspace_bytes,
+              int threads, double* op_seconds, char* err);
+
+}  // namespace evit
