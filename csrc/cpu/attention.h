@@ -26,10 +26,18 @@ struct Head {
   float* f;                    // [S][DV] input of the next head: o + that slice
 };
 
-// Rows of a tile of scores or of P*v, by its panels of 16 columns.
+// Columns of a depthwise row in registers: neighbouring taps share loads, so the compiler keeps
+// about as many inputs.
+constexpr int kSpan = kLanes == 16 ? 14 : 6;
+
+// Rows of a tile by its panels of 16 columns. 49 rows of P*v are 25+24, 13+12+12+12 or 9+8*5.
+// Scores keep a register for the largest beside the tile.
 constexpr int kTileRows1 = kLanes == 16 ? 25 : kRows1;
-constexpr int kTileRows2 = kLanes == 16 ? kRows2 : 0;
-constexpr int kTileRows3 = kLanes == 16 ? kRows3 : 0;
+constexpr int kTileRows2 = kLanes == 16 ? 13 : 0;
+constexpr int kTileRows3 = kLanes == 16 ? 9 : 0;
+constexpr int kScoreRows1 = kLanes == 16 ? 16 : kRows1;
+constexpr int kScoreRows2 = kLanes == 16 ? 12 : 0;
+constexpr int kScoreRows3 = kTileRows3;
 
 // Scratch of one block of queries.
 struct Block {
@@ -167,7 +175,7 @@ EVIT_NOINLINE void depthwise_any(const Head& h, const Block& b, int y0, int y1) 
     zero(p + (side + WIN) * kDK, side * kDK);
   }
   for (int y = y0; y < y1; y++) {
-    even_tiles<kDwColumns>(WIN, [&](auto n, int x0) {
+    even_tiles<kSpan>(WIN, [&](auto n, int x0) {
       depthwise_span<n.value>(h, b.padded, y, x0, b.rows + ((y - y0) * WIN + x0) * kDK);
     });
   }
@@ -232,33 +240,31 @@ EVIT_INLINE void scores(const Head& h, const Block& b, int n0, int panels) {
   for (int i = 0; i < panels * kPanel; i += kLanes) store(b.largest + i, splat(-__builtin_inff()));
   const float* bias = h.w->bias + n0;
   int n = 0;
-  if constexpr (kTileRows3 > 0) {
-    if (panels == 3) return scores_columns<kTileRows3, 3>(h, b, bias, 0);
+  if constexpr (kScoreRows3 > 0) {
+    if (panels == 3) return scores_columns<kScoreRows3, 3>(h, b, bias, 0);
   }
-  if constexpr (kTileRows2 > 0) {
-    for (; n + 2 <= panels; n += 2) scores_columns<kTileRows2, 2>(h, b, bias, n * kPanel);
+  if constexpr (kScoreRows2 > 0) {
+    for (; n + 2 <= panels; n += 2) scores_columns<kScoreRows2, 2>(h, b, bias, n * kPanel);
   }
-  for (; n < panels; n++) scores_columns<kTileRows1, 1>(h, b, bias, n * kPanel);
+  for (; n < panels; n++) scores_columns<kScoreRows1, 1>(h, b, bias, n * kPanel);
 }
 
 // --- Softmax: p = 2^(p - largest); keys of even and odd index are summed apart.
 
 EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
   constexpr int NV = 1;
-  const f32 one =
-      splat(1.0f);  // p - largest as an FMA: Zen 4 adds, compares and rounds on the other pipes
   for (int n = 0; n < panels * kPanel; n += NV * kLanes) {
     float* p = b.p + n;
     f32 m[NV], even[NV], odd[NV];
     EVIT_UNROLL for (int j = 0; j < NV; j++) {
-      m[j] = -load(b.largest + n + j * kLanes);
+      m[j] = load(b.largest + n + j * kLanes);
       even[j] = odd[j] = splat(0.0f);
     }
     int key = 0;
     for (; key + 2 <= h.S; key += 2, p += 2 * kBlock) {
       EVIT_UNROLL for (int j = 0; j < NV; j++) {
-        const f32 x = exp2_small(fma(one, load(p + j * kLanes), m[j]));
-        const f32 y = exp2_small(fma(one, load(p + kBlock + j * kLanes), m[j]));
+        const f32 x = exp2_small(load(p + j * kLanes) - m[j]);
+        const f32 y = exp2_small(load(p + kBlock + j * kLanes) - m[j]);
         even[j] += x;
         odd[j] += y;
         store(p + j * kLanes, x);
@@ -267,7 +273,7 @@ EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
     }
     if (key < h.S) {
       EVIT_UNROLL for (int j = 0; j < NV; j++) {
-        const f32 x = exp2_small(fma(one, load(p + j * kLanes), m[j]));
+        const f32 x = exp2_small(load(p + j * kLanes) - m[j]);
         even[j] += x;
         store(p + j * kLanes, x);
       }
@@ -298,21 +304,18 @@ EVIT_NOINLINE void lone_query(const Head& h, const Block& b, const float* q, int
   f32 acc = splat(e[h.S - 1]);
   EVIT_UNROLL for (int d = 0; d < kDK; d++) acc = fma(splat(q[d]), splat(k[d]), acc);
   store(e + panels * kPanel, acc);
-  f32 m = acc;
+  f32 m = acc, sum = splat(0.0f);
   for (int n = 0; n < panels * kPanel; n += kLanes) m = vmax(m, load(e + n));
-  store(b.keys, m);
-  float largest = b.keys[0];
-  for (int i = 1; i < kLanes; i++) largest = b.keys[i] > largest ? b.keys[i] : largest;
-  m = splat(largest);
-  for (int n = 0; n < h.S; n += kLanes) store(e + n, exp2_small(load(e + n) - m));
-  float even = 0.0f, odd = 0.0f;
-  float* p = b.p + column;
-  for (int key = 0; key + 2 <= h.S; key += 2, p += 2 * kBlock) {
-    even += p[0] = e[key];
-    odd += p[kBlock] = e[key + 1];
+  m = splat(hmax(m));
+  for (int n = 0; n < panels * kPanel; n += kLanes) {
+    const f32 x = exp2_small(load(e + n) - m);
+    sum += x;
+    store(e + n, x);
   }
-  even += p[0] = e[h.S - 1];
-  b.inverse[column] = 1.0f / (even + odd);
+  store(e + panels * kPanel, exp2_small(acc - m));
+  float* p = b.p + column;
+  for (int key = 0; key < h.S; key++) p[(long)key * kBlock] = e[key];
+  b.inverse[column] = 1.0f / (hsum(sum) + e[h.S - 1]);
 }
 
 // --- o = P v / sum; concat receives relu(o), f receives o + the next head's slice.

@@ -30,6 +30,19 @@ EVIT_INLINE f32 scale2(f32 p, f32 n) {
   return p * (f32)_mm256_castsi256_ps(_mm256_slli_epi32(e, 23));
 }
 
+EVIT_INLINE float hsum(f32 x) {
+  const __m128 a =
+      _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+EVIT_INLINE float hmax(f32 x) {
+  const __m128 a =
+      _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  const __m128 b = _mm_max_ps(a, _mm_movehl_ps(a, a));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_shuffle_ps(b, b, 1)));
+}
+
 EVIT_INLINE void transpose8(const float* x, long ldx, float* y, long ldy) {
   __m256 r[8], t[8];
   EVIT_UNROLL for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(x + i * ldx);
@@ -82,15 +95,16 @@ EVIT_INLINE __m256i load_halves(const void* p, int gap) {
                                  _mm_loadu_si128((const __m128i*)((const char*)p + gap)), 1);
 }
 
-// 8 RGB pixels, planar. Pixels 0-3 go through the lower half of each register, 4-7 through the upper one.
+// 8 RGB pixels, planar. Pixels 0-3 go through the lower half of each register, 4-7 through the
+// upper one.
 EVIT_INLINE void planar_rgb(const float* x, __m256* rgb) {
   const __m256 a = (__m256)load_halves(x, 48), b = (__m256)load_halves(x + 4, 48);
-  const __m256 c = (__m256)load_halves(x + 8, 48);      // r0 g0 b0 r1 | g1 b1 r2 g2 | b2 r3 g3 b3
-  const __m256 rg = _mm256_shuffle_ps(b, c, 0x9e);      // r2 g2 r3 g3
-  const __m256 gb = _mm256_shuffle_ps(a, b, 0x49);      // g0 b0 g1 b1
-  rgb[0] = _mm256_shuffle_ps(a, rg, 0x8c);              // r0 r1 r2 r3
-  rgb[1] = _mm256_shuffle_ps(gb, rg, 0xd8);             // g0 g1 g2 g3
-  rgb[2] = _mm256_shuffle_ps(gb, c, 0xcd);              // b0 b1 b2 b3
+  const __m256 c = (__m256)load_halves(x + 8, 48);  // r0 g0 b0 r1 | g1 b1 r2 g2 | b2 r3 g3 b3
+  const __m256 rg = _mm256_shuffle_ps(b, c, 0x9e);  // r2 g2 r3 g3
+  const __m256 gb = _mm256_shuffle_ps(a, b, 0x49);  // g0 b0 g1 b1
+  rgb[0] = _mm256_shuffle_ps(a, rg, 0x8c);          // r0 r1 r2 r3
+  rgb[1] = _mm256_shuffle_ps(gb, rg, 0xd8);         // g0 g1 g2 g3
+  rgb[2] = _mm256_shuffle_ps(gb, c, 0xcd);          // b0 b1 b2 b3
 }
 
 // 2*kLanes RGB pixels: even and odd pixels of each channel.
@@ -102,7 +116,8 @@ EVIT_INLINE void deinterleave_rgb(const float* x, f32* even, f32* odd) {
 }
 
 EVIT_INLINE void deinterleave_rgb(const uint8_t* x, f32* even, f32* odd) {
-  // Pixels 0-3 and 8-11; pixels 4-7 and 12-15, the last four 4 bytes into their half so that no load leaves x[0..48).
+  // Pixels 0-3 and 8-11; pixels 4-7 and 12-15, the last four 4 bytes into their half so that no
+  // load leaves x[0..48).
   const __m256i a = load_halves(x, 24), b = load_halves(x + 12, 20);
   const __m256i step = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
   EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {

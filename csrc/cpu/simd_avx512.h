@@ -10,7 +10,8 @@ typedef float f32 __attribute__((vector_size(64)));
 typedef float f32_unaligned __attribute__((vector_size(64), aligned(4), may_alias));
 constexpr int kLanes = 16;
 
-// Register tile of the GEMM: rows x 16-column panels. 14x2: 28 accumulators + 2 of B + 1 broadcast = 31 of 32.
+// Register tile of the GEMM: rows x 16-column panels. 14x2: 28 accumulators + 2 of B + 1 broadcast
+// = 31 of 32.
 constexpr int kRows2 = 14, kRows3 = 9, kRows4 = 6, kRows1 = 16;
 constexpr int kMaxPanels = 6;   // panels side by side for a single row
 constexpr int kDwColumns = 14;  // outputs of a depthwise row kept in registers
@@ -26,6 +27,9 @@ EVIT_INLINE f32 vmax(f32 a, f32 b) { return (f32)_mm512_max_ps((__m512)a, (__m51
 EVIT_INLINE f32 vmin(f32 a, f32 b) { return (f32)_mm512_min_ps((__m512)a, (__m512)b); }
 EVIT_INLINE f32 round_even(f32 x) { return (f32)_mm512_roundscale_ps((__m512)x, 8); }
 EVIT_INLINE f32 scale2(f32 p, f32 n) { return (f32)_mm512_scalef_ps((__m512)p, (__m512)n); }
+
+EVIT_INLINE float hsum(f32 x) { return _mm512_reduce_add_ps((__m512)x); }
+EVIT_INLINE float hmax(f32 x) { return _mm512_reduce_max_ps((__m512)x); }
 
 // y[c][r] = x[r][c] for a 16 x 16 block.
 EVIT_INLINE void transpose16(const float* x, long ldx, float* y, long ldy) {
@@ -79,7 +83,8 @@ EVIT_INLINE void deinterleave_rgb(const float* x, f32* even, f32* odd) {
     const __m512 a = _mm512_loadu_ps(x + 48 * h), b = _mm512_loadu_ps(x + 48 * h + 16);
     const __m512 c = _mm512_loadu_ps(x + 48 * h + 32);
     EVIT_UNROLL for (int ch = 0; ch < 3; ch++) {
-      // Position i < 8 wants float 6i + ch, the others 6(i - 8) + 3 + ch: first from a and b, then from c.
+      // Position i < 8 wants float 6i + ch, the others 6(i - 8) + 3 + ch: first from a and b, then
+      // from c.
       const __m512i at = _mm512_add_epi32(
           _mm512_setr_epi32(0, 6, 12, 18, 24, 30, 36, 42, 3, 9, 15, 21, 27, 33, 39, 45),
           _mm512_set1_epi32(ch));

@@ -1,4 +1,5 @@
-// Portable vectors of 4 floats (the compiler maps them to SSE2, NEON or plain code): always built, the one to debug with.
+// Portable vectors of 4 floats (the compiler maps them to SSE2, NEON or plain code): always built,
+// the one to debug with.
 #pragma once
 
 namespace evit::cpu::scalar {
@@ -28,6 +29,12 @@ EVIT_INLINE f32 round_even(f32 x) {  // exact for |x| < 2^22
 EVIT_INLINE f32 scale2(f32 p, f32 n) {
   const i32 e = (__builtin_convertvector(n, i32) + 127) << 23;
   return p * (f32)e;
+}
+
+EVIT_INLINE float hsum(f32 x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+EVIT_INLINE float hmax(f32 x) {
+  const float a = x[0] > x[2] ? x[0] : x[2], b = x[1] > x[3] ? x[1] : x[3];
+  return a > b ? a : b;
 }
 
 // y[c][r] = x[r][c] for a 16 x 16 block.
