@@ -17,7 +17,9 @@
 #define EVIT_STRING(x) EVIT_STRING_(x)
 #define EVIT_JOIN_(a, b) a##b
 #define EVIT_JOIN(a, b) EVIT_JOIN_(a, b)
-#define EVIT_SIMD_HEADER EVIT_STRING(cpu / EVIT_JOIN(simd_, EVIT_ISA).h)
+// clang-format off
+#define EVIT_SIMD_HEADER EVIT_STRING(cpu/EVIT_JOIN(simd_, EVIT_ISA).h)
+// clang-format on
 
 #include EVIT_SIMD_HEADER
 
