@@ -4,7 +4,7 @@ the branches output zero and a comparison passes whatever they compute.
 The scales keep the network well conditioned (float32 eager is within 1e-6 of float64 at the logits)
 and sensitive: convolutions keep the size of their input, the last BN of a branch makes the branch a
 fraction of the stream, scores and biases are of order one. Without the attention biases of one
-block the logits of any variant move by 4e-3 or more, 400 times what a float32 test allows.
+block the logits of any variant move by 3e-3 or more, 300 times what a float32 test allows.
 """
 
 from __future__ import annotations
