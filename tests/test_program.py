@@ -157,9 +157,11 @@ def test_shapes_that_do_not_fit(text: str, shape: tuple, fact: str):
 def test_unpack_undoes_pack(op: str, dtype: torch.dtype):
     """Every element comes back at its place, rounded once."""
     for case in cases(op)[:3]:
-        text, blob = build([(case.shape, case.weights)], dtype)
+        # Other numbers than a folded model's: its attention bias is symmetric.
+        want = program.map_arrays(case.weights, torch.randn_like)
+        text, blob = build([(case.shape, want)], dtype)
         (line,) = program.parse(text)
-        got, want = program.unpack(line, blob), case.weights
+        got = program.unpack(line, blob)
         assert type(got) is type(want)
         for field, a, b in zip(want._fields, got, want, strict=True):
             many = isinstance(b, tuple)
@@ -232,9 +234,9 @@ def test_reference_in_every_dtype(dtype: torch.dtype, x_dtype: torch.dtype):
     assert_close(y, want, budget(narrow, error), f"eager {error:.2g}")
 
 
-def test_autocast_changes_nothing(m5: tuple[str, Tensor]):
-    text, blob = m5
-    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+def test_autocast_changes_nothing():
+    text, blob = build(fold(model("efficientvit_m0"), MEAN, STD))
+    x = torch.randn(1, 3, 64, 64)
     want = program.run_reference(x, text, blob)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(program.run_reference(x, text, blob), want)

@@ -32,7 +32,7 @@ class Case(NamedTuple):
 @lru_cache(maxsize=6)
 def model(name: str) -> EfficientVit:
     """A random float64 model in eval; not to be changed."""
-    return randomize(EfficientVit(VARIANTS[name]), seed=int(name[-1])).double().eval()
+    return randomize(EfficientVit(VARIANTS[name]).double(), seed=int(name[-1])).eval()
 
 
 def eager_ops(m: EfficientVit) -> Iterator[nn.Module]:
