@@ -37,17 +37,16 @@ EVIT_NOINLINE void conv1_tile(const Conv1& g, int c, int x) {
   for (int dy = g.taps.dy0; dy < g.taps.dy1; dy++) {
     const float* p = g.taps.row[dy] + x;
     const float* w = g.w + (long)(c / 8) * g.in * 72 + c % 8 + dy * g.in * 24;
-    for (int ci = 0; ci < g.in; ci++, p += 2 * g.ld_in, w += 24) {
-      EVIT_UNROLL for (int dx = 0; dx < 3; dx++) {
-        keep_order();  // else loads of later taps move up and the tile spills
-        const float* columns = dx == 1 ? p + g.ld_in : p + dx / 2;  // odd, even, odd + 1
-        f32 v[NV];
-        EVIT_UNROLL for (int j = 0; j < NV; j++) v[j] = load(columns + kLanes * j);
-        EVIT_UNROLL for (int i = 0; i < NC; i++) {
-          const f32 s = splat(w[dx * 8 + i]);
-          EVIT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma(s, v[j], acc[i][j]);
-        }
+    int dx = 0;
+    for (int k = 0; k < 3 * g.in; k++, w += 8) {  // a loop over dx would be unrolled: see conv_tile
+      f32 v[NV];
+      EVIT_UNROLL for (int j = 0; j < NV; j++) v[j] = load(p + kLanes * j);
+      EVIT_UNROLL for (int i = 0; i < NC; i++) {
+        const f32 s = splat(w[i]);
+        EVIT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma(s, v[j], acc[i][j]);
       }
+      p += dx == 0 ? g.ld_in : dx == 1 ? 1 - g.ld_in : 2 * g.ld_in - 1;  // even, odd, even + 1
+      dx = dx < 2 ? dx + 1 : 0;
     }
   }
   EVIT_UNROLL for (int i = 0; i < NC; i++) {
