@@ -1,4 +1,4 @@
-"""stem in every column against the float64 reference: shapes of M0 .. M5, image sizes, strides, pixels."""
+"""stem in every column against the float64 reference: M0 .. M5, image sizes, strides, pixels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from tests.close import assert_close, budget
 from tests.ops.columns import ISAS, blob_of, check_op, instruction_set, oracle, run
 from tests.ops.eager import Case, cases
 
-# The models' sizes, one pixel, sides below a vector, odd maps at every level (225x223), rows in one and in many tiles.
+# The models' sizes, odd maps at every level, one pixel, sides below a vector, a row of many tiles.
 SIZES = (
-    (224, 224), (208, 208), (160, 192), (225, 223), (64, 64), (1, 1), (2, 3), (13, 9), (17, 33), (5, 700)
+    (224, 224), (208, 208), (160, 192), (64, 64), (225, 223), (1, 1), (2, 3), (13, 9), (17, 33),
+    (5, 700),
 )  # fmt: skip
 DTYPES = {"f32": torch.float32, "u8": torch.uint8}
 
@@ -39,7 +40,7 @@ def params() -> list:
 
 
 def random_weights(in_: int, C: int) -> stem.Weights:
-    """float64, with pixels as an input of their own: the op does not ask where conv1_u8 comes from."""
+    """float64; conv1_u8 on its own: the op does not ask where it comes from."""
 
     def conv(out: int, inner: int) -> Tensor:
         return torch.randn(out, inner, 3, 3, dtype=torch.float64) / (4.5 * inner) ** 0.5
@@ -78,12 +79,14 @@ def test_any_width(in_: int, C: int, isa: str):
         check_op(isa, stem.Shape(in_, C), weights, image(dtype, 2, in_, 35, 66))
 
 
+def nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 # Views of an image [B, 3, 40, 70], none of them NCHW and contiguous.
 LAYOUTS = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "channels_last_crop": lambda x: (
-        x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[..., 3:68]
-    ),
+    "channels_last": nhwc,
+    "channels_last_crop": lambda x: nhwc(x)[..., 3:68],
     "every_second_column": lambda x: x[..., ::2],
     "every_third_row": lambda x: x[:, :, ::3],
     "rotated": lambda x: x.mT,
@@ -120,8 +123,7 @@ def test_negative_strides(planar: bool, axes: tuple[int, ...], dtype: torch.dtyp
     x = image(dtype, 1, 3, 33, 65).numpy()
     view = np.flip(x, axes)
     if not planar:
-        last = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-        view = np.flip(last, axes)
+        view = np.flip(nhwc(torch.from_numpy(x)).numpy(), axes)
     flipped = torch.from_numpy(np.ascontiguousarray(view))
     m = _native.Model(program, blob.data_ptr(), blob.numel())
     y = torch.full(m.output_shape(1, 33, 65), float("nan"))
