@@ -190,7 +190,9 @@ def test_half_precision_weights_are_folded_in_float64():
                 assert x.dtype == "float64" and (x == y).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str
+)
 def test_build_packs_ops_one_after_the_other(dtype: torch.dtype):
     folded = fold(model("efficientvit_m5"), MEAN, STD)
     program, blob = build(folded, dtype)

@@ -101,7 +101,9 @@ def test_no_images(op: str):
     assert run(case, x).shape == (0, *ops.OPS[op].out_hw(9, 9), case.shape.channels_out)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("op", ops.OPS)
 def test_one_op_alone(op: str, dtype: torch.dtype):
     """The entry function packs and runs a program of one line in x's dtype."""
