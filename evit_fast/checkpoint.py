@@ -11,6 +11,7 @@ import argparse
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -70,20 +71,29 @@ def _read_safetensors(path: str) -> Any:
 def _read_pickle(path: str) -> Any:
     try:
         # Training checkpoints of the official repository carry their command line in one.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, ahead of the error itself
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise any kind
         code = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|global)\W+([\w.]+)", str(error))
-        if code:
+        operand = re.search(r"Unsupported operand \d+", str(error))
+        with open(path, "rb") as file:
+            is_pickle = file.read(1) == b"\x80"
+        if code or (operand and is_pickle):
+            found = (code[1] or code[2]) if code else f"a pickle of another kind ({operand[0]})"
             raise ValueError(
-                f"{path}: the file holds {code[1] or code[2]}, which is code and not weights; "
+                f"{path}: the file holds {found}, which is code and not weights; "
                 "only files that torch.load reads with weights_only=True are accepted"
             ) from None
         raise ValueError(_unreadable(path, error)) from None
 
 
 def _unreadable(path: str, error: Exception) -> str:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].startswith("Weights only load failed"):
+        after = [i for i, line in enumerate(lines) if "WeightsUnpickler error" in line]
+        lines = lines[after[0] + 1 :] if after else []
+    reason = ": ".join([type(error).__name__, *lines[:1]]).split(". ")[0][:160]
     return (
         f"{path}: not a readable .pth or .safetensors file ({reason}); "
         "check that it is complete, or download it again"

@@ -7,6 +7,7 @@ of 1e-10 is far below the effect of any single weight (`randomize.py`).
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -368,16 +369,14 @@ def test_stochastic_depth_keeps_the_mean() -> None:
 
 
 def test_compiles_and_exports() -> None:
-    """With any batch, without a graph break. A second size traces again: padding depends on it."""
-    model = small()
-    example = images(2, 160, 200, torch.float32)
+    """Without a graph break, and export with any batch; the size pads every stage's map."""
+    config = dataclasses.replace(VARIANTS["efficientvit_m0"], depth=(1, 1, 1))
+    model = randomize(EfficientVit(config, num_classes=7)).eval()
+    example, x = (images(batch, 160, 200, torch.float32) for batch in (2, 3))
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(model, (example,), dynamic_shapes=({0: batch},)).module()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for x in (example, images(3, 160, 200, torch.float32)):
-        assert_close(exported(x), model(x), 1e-6)
-        assert_close(compiled(x), model(x), 1e-6)
-    x = images(3, 224, 224, torch.float32)
+    assert_close(exported(x), model(x), 1e-6)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     assert_close(compiled(x), model(x), 1e-6)
 
 
