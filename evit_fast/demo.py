@@ -13,6 +13,7 @@ import copy
 import os
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=os.environ.get(CHECKPOINT_VARIABLE),
         help=f"ImageNet weights of --model (default: ${CHECKPOINT_VARIABLE}, then the hub)",
     )
+    # Training M0 at 64x64 is thousands of small loops a second: where other programs use the
+    # processors too, two threads wait for each other at the end of each (seen: 50 times slower).
+    parser.add_argument("--threads", type=int, default=1, help="for training and speed (1)")
     parser.add_argument("--rounds", type=int, default=7, help="of the speed measurement (7)")
     parser.add_argument("--out", default="demo_out", help="folder for the picture (demo_out)")
     args = parser.parse_args(argv)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError:
         print("the demo takes its images from scikit-learn: pip install 'evit_fast[demo]'")
         return 2
-    torch.set_num_threads(min(8, _processors()))
+    torch.set_num_threads(args.threads)
 
     passed = digits(datasets.load_digits(), args.epochs)
     model = photographs(datasets.load_sample_images().filenames, args.model, args.checkpoint)
@@ -112,9 +116,11 @@ def photographs(paths: Sequence[str], name: str, checkpoint: str | None) -> nn.M
             model, trained = evit_fast.create_model(name, pretrained=True), True
         except (ImportError, OSError, RuntimeError) as e:
             model, trained = evit_fast.create_model(name), False
-            print(f"   No ImageNet weights: {' '.join(str(e).split())}")
-            print(f"   (set {CHECKPOINT_VARIABLE} to a file of yours.) So the network is untrained")
-            print("   and its classes mean nothing.")
+            note = (
+                f"No ImageNet weights: {e}. Or set {CHECKPOINT_VARIABLE} to a file of yours. Until "
+                "then the network is untrained, and its classes are numbers that mean nothing."
+            )
+            print(textwrap.fill(note, 96, initial_indent="   ", subsequent_indent="   "))
     model.eval()
     pixels = torch.from_numpy(np.stack([images.load(p) for p in paths])).permute(0, 3, 1, 2)
     p = images.DEFAULT
@@ -217,12 +223,6 @@ def draw(rates: dict[tuple[str, int], float], title: str, out: Path) -> None:
     figure.savefig(out / "speed.png", dpi=120)
     pyplot.close(figure)
     print(f"   picture: {out / 'speed.png'}")
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 if __name__ == "__main__":
