@@ -53,9 +53,6 @@ constexpr float kLog2e = 1.4426950408889634f;
 
 EVIT_INLINE f32 sigmoid(f32 x) { return splat(1.0f) / (splat(1.0f) + exp2(x * splat(-kLog2e))); }
 
-// The compiler moves no load or store over this point.
-EVIT_INLINE void keep_order() { asm volatile("" ::: "memory"); }
-
 EVIT_INLINE void prefetch(const float* p) { __builtin_prefetch(p, 0, 3); }
 
 EVIT_INLINE void zero(float* p, long n) {

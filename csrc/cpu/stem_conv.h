@@ -37,6 +37,7 @@ EVIT_NOINLINE void conv1_tile(const Conv1& g, int c, int x) {
   for (int dy = g.taps.dy0; dy < g.taps.dy1; dy++) {
     const float* p = g.taps.row[dy] + x;
     const float* w = g.w + (long)(c / 8) * g.in * 72 + c % 8 + dy * g.in * 24;
+    const long even = g.ld_in;
     int dx = 0;
     for (int k = 0; k < 3 * g.in; k++, w += 8) {  // a loop over dx would be unrolled: see conv_tile
       f32 v[NV];
@@ -45,7 +46,8 @@ EVIT_NOINLINE void conv1_tile(const Conv1& g, int c, int x) {
         const f32 s = splat(w[i]);
         EVIT_UNROLL for (int j = 0; j < NV; j++) acc[i][j] = fma(s, v[j], acc[i][j]);
       }
-      p += dx == 0 ? g.ld_in : dx == 1 ? 1 - g.ld_in : 2 * g.ld_in - 1;  // even, odd, even + 1
+      // From odd[x] to even[x], to odd[x + 1], to odd[x] of the next channel.
+      p += dx == 0 ? even : dx == 1 ? 1 - even : 2 * even - 1;
       dx = dx < 2 ? dx + 1 : 0;
     }
   }
