@@ -58,19 +58,26 @@ def cores(count: int) -> list[int] | None:
     return sorted(chosen[:count]) if len(chosen) >= count else None
 
 
+def _git(*arguments: str) -> str:
+    """What git prints about the tree that holds this file; empty where there is none."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def commit() -> str:
-    """Short hash of the source tree, `+` when files differ from it; the version when installed."""
+    """Short hash, `+` when files differ from it; the version outside the project's own tree."""
     from evit_fast import __version__
 
-    root = Path(__file__).resolve().parent.parent
-    try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--abbrev=8", "--dirty=+"],
-            capture_output=True, text=True, timeout=10, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        found = ""
-    return found or __version__
+    top = _git("rev-parse", "--show-toplevel")
+    # An environment may lie in the tree of another project: that one's commit says nothing.
+    if not top or not (Path(top) / "evit_fast" / "_version.py").exists():
+        return __version__
+    return _git("describe", "--always", "--abbrev=8", "--dirty=+") or __version__
 
 
 def today() -> str:
