@@ -221,7 +221,7 @@ def adapt(state: Mapping[str, Tensor], model: EfficientVit | EfficientVitFeature
     return out
 
 
-def _variant_of(state: State) -> str | None:
+def variant_of(state: State) -> str | None:
     """The variant whose stage widths the weights have."""
     keys = ["patch_embed.conv4.conv.weight"]
     keys += [f"stages.{i}.downsample.patchmerge.conv3.conv.weight" for i in (1, 2)]
@@ -241,7 +241,7 @@ def _check_variant(state: State, model: EfficientVit | EfficientVitFeatures) -> 
             f"'stages.0.', here the first is {example!r}"
             + (note if example.startswith(("stem.", "backbone.input_stem")) else "")
         )
-    found = _variant_of(state)
+    found = variant_of(state)
     if found and VARIANTS[found].embed_dim != model.config.embed_dim:
         key = "patch_embed.conv4.conv.weight"
         raise ValueError(

@@ -64,8 +64,9 @@ class Preprocessing:
         """Reads the `preprocessing` metadata of a saved model (docs/format.md)."""
         try:
             d = json.loads(text)
-            return cls(
-                size=tuple(int(n) for n in d["input_size"][-2:]),
+            channels, *size = (int(n) for n in d["input_size"])
+            fields = dict(
+                size=tuple(size),
                 crop_pct=float(d["crop_pct"]),
                 interpolation=str(d["interpolation"]),
                 mean=tuple(float(v) for v in d["mean"]),
@@ -73,6 +74,9 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError) as e:
             raise ValueError(f"preprocessing metadata cannot be read ({e!r}): {text!r}") from e
+        if channels != 3:
+            raise ValueError(f"preprocessing: images have 3 channels, the model takes {channels}")
+        return cls(**fields)
 
 
 DEFAULT = Preprocessing()

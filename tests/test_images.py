@@ -243,6 +243,8 @@ def test_preprocessing_metadata():
     )
     p = Preprocessing.from_json(json.dumps(fields))
     assert p == Preprocessing((96, 128), 0.9, "bilinear", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    with pytest.raises(ValueError, match="3 channels, the model takes 1"):
+        Preprocessing.from_json(json.dumps({**fields, "input_size": [1, 96, 128]}))
     for change in ({"crop_pct": 0}, {"interpolation": "magic"}, {"input_size": 3}, {"mean": None}):
         with pytest.raises(ValueError, match="preprocessing"):
             Preprocessing.from_json(json.dumps({**fields, **change}))

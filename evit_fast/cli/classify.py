@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from evit_fast.cli.flags import UsageError, add_flags, at_least_one, load_model
+from evit_fast.cli.flags import UsageError, add_flags, at_least_one
+from evit_fast.cli.loading import load_classifier
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     # Image sizes are checked in images.decode, before a pixel is read; PIL's own limit would only
     # add a warning.
     Image.MAX_IMAGE_PIXELS = None
-    loaded = load_model(args)
+    loaded = load_classifier(args)
     paths, failures = batch.find_images(args.paths)
     for failure in failures:
         _report(failure)

@@ -132,6 +132,13 @@ def _optional(package: str, purpose: str) -> Callable[[], str]:
     return probe
 
 
+def _weights() -> str:
+    from evit_fast import hub
+
+    files = [f.name for s in hub.SUFFIXES for f in sorted(hub.folder().glob(f"*{s}"))]
+    return f"{hub.folder()} ({', '.join(files) or 'empty'})"
+
+
 def _cache(variable: str, default: str) -> Callable[[], str]:
     def probe() -> str:
         folder = Path(os.environ.get(variable) or Path.home() / default)
@@ -158,6 +165,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "huggingface_hub": _optional("huggingface_hub", "pretrained=True"),
     "onnx": _optional("onnx", "ONNX export"),
     "onnxruntime": _optional("onnxruntime", "the comparison with ONNX Runtime"),
+    "pretrained weights": _weights,
     "hub cache": _cache("HF_HOME", ".cache/huggingface"),
     "triton cache": _cache("TRITON_CACHE_DIR", ".triton/cache"),
 }

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from evit_fast.cli.flags import add_flags, emit, load_model
+from evit_fast.cli.flags import add_flags, emit
+from evit_fast.cli.loading import load_fused
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import evit_fast
 
-    loaded = load_model(args, random_weights=True)
-    rows = evit_fast.explain(loaded.model)
+    model = load_fused(args, random_weights=True)
+    rows = evit_fast.explain(model)
     emit(args, str(rows), [dataclasses.asdict(row) for row in rows])
     return 0

@@ -165,6 +165,39 @@ def test_wrong_use_is_one_sentence_and_exit_2(evit, pictures, tmp_path, argument
     assert len(err.splitlines()) == 1 or err.startswith("usage:")
 
 
+def test_files_that_cannot_classify(evit, eager, pictures, tmp_path):
+    """One channel, no classifier, a flipped bit, the wrong model or flag: never a traceback."""
+
+    def refused(name: str, message: str, *arguments: str) -> None:
+        code, out, err = evit("classify", pictures, "--checkpoint", tmp_path / name, *arguments)
+        assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
+
+    grey = randomize(evit_fast.create_model("m0", num_classes=7, in_chans=1))
+    evit_fast.save(evit_fast.accelerate(grey), tmp_path / "grey.evit")
+    refused("grey.evit", "images have 3 channels, the model takes 1")
+    features = randomize(evit_fast.create_model("m0", num_classes=0))
+    evit_fast.save(evit_fast.accelerate(features), tmp_path / "features.evit")
+    torch.save(features.state_dict(), tmp_path / "features.pth")
+    refused("features.evit", "has no classifier")
+    refused("features.pth", "has no classifier")
+    assert evit("explain", "--checkpoint", tmp_path / "features.evit")[0] == 0
+    assert evit("explain", "--checkpoint", tmp_path / "features.pth")[0] == 0
+    data = bytearray((tmp_path / "features.evit").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "flipped.evit").write_bytes(data)
+    refused("flipped.evit", "crc32")
+    evit_fast.save(evit_fast.accelerate(eager), tmp_path / "m0.evit")
+    refused("m0.evit", "holds efficientvit_m0, but --model says m1", "--model", "m1")
+    refused("m0.evit", "--dtype", "--dtype", "bfloat16")
+    assert evit("classify", pictures, "--checkpoint", tmp_path / "m0.evit", "--model", "M0")[0] == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_where_there_is_none(evit, checkpoint, pictures):
+    code, out, err = evit("classify", pictures, "--checkpoint", checkpoint, "--device", "cuda")
+    assert code == 2 and out == "" and "CUDA" in err and len(err.splitlines()) == 1
+
+
 def test_the_wrong_model_for_a_file(evit, checkpoint, pictures):
     code, _, err = evit("classify", pictures, "--checkpoint", checkpoint, "--model", "m1")
     assert code == 2 and "efficientvit_m0" in err and len(err.splitlines()) == 1
