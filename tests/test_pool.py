@@ -52,3 +52,81 @@ print("ok")
 def test_library_can_be_unloaded_with_sleeping_workers(tmp_path):
     library = compile_cpp(tmp_path / "libpool.so", POOL, flags=("-shared", "-fPIC"))
     assert run(sys.executable, "-c", UNLOAD, library) == "ok\n"
+
+
+# The start of each script below; `forward` uses three threads.
+MODEL = """
+import os, signal, sys, threading, torch
+import evit_fast
+from evit_fast.bench.weights import randomize
+torch.set_num_threads(1)
+torch.manual_seed(0)
+model = evit_fast.create_model("m0").eval()
+randomize(model)
+fast = evit_fast.accelerate(model, threads=3)
+x = torch.randn(2, 3, 96, 96)
+def forward(images=x):
+    with torch.inference_mode():
+        return fast(images)
+want = forward()
+"""
+
+FORK = """
+for turn in range(3):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a deadlock ends as a failure
+        same = torch.equal(forward(), want)
+        if turn == 2:
+            sys.exit(0 if same else 1)  # an ordinary exit, with the child's own workers asleep
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0, "the child's forward differs or failed"
+assert torch.equal(forward(), want)
+print("ok")
+"""
+
+FORK_WHILE_BUSY = """
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        forward()
+worker = threading.Thread(target=work)
+worker.start()
+for turn in range(10):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a deadlock ends as a failure
+        os._exit(0 if torch.equal(forward(), want) else 1)
+    assert os.waitpid(child, 0)[1] == 0, "the child's forward differs or failed"
+stop.set()
+worker.join()
+print("ok")
+"""
+
+SHARED = """
+inputs = [torch.randn(1 + i % 3, 3, 96, 96) for i in range(6)]
+wants = [forward(images) for images in inputs]
+wrong = []
+def work(i):
+    for _ in range(20):
+        if not torch.equal(forward(inputs[i]), wants[i]):
+            wrong.append(i)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert not wrong, wrong
+print("ok")
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(FORK, id="fork"),
+        pytest.param(FORK_WHILE_BUSY, id="fork-while-busy"),
+        pytest.param(SHARED, id="shared-by-threads"),
+    ],
+)
+def test_model_in_many_threads_and_processes(script):
+    options = ("-W", "ignore::DeprecationWarning")  # Python's own warning about fork with threads
+    assert run(sys.executable, *options, "-c", MODEL + script, cwd="/", timeout=120) == "ok\n"

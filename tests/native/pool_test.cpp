@@ -141,6 +141,22 @@ void exit_after_fork() {
   require(status == 0, "a forked child does not end");
 }
 
+// The process ends while another thread is inside a call: nothing may wait for it, nor crash.
+void exit_while_busy() {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(kDeadlockSeconds);
+    std::thread([] {
+      for (;;) every_rank_runs_once(3);
+    }).detach();
+    usleep(5'000);
+    exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  require(status == 0, "a process does not end while its pool is busy");
+}
+
 struct Check {
   const char* name;
   void (*run)();
@@ -153,6 +169,7 @@ constexpr Check kChecks[] = {
     {"idle", sleep_when_idle},
     {"fork", after_fork},
     {"exit_after_fork", exit_after_fork},
+    {"exit_while_busy", exit_while_busy},
 };
 
 }  // namespace
