@@ -1,5 +1,5 @@
-// The Python face of the native library: the C API, the grammar, packing and saved files. Knows no torch: tensors arrive
-// as addresses, sizes and strides.
+// The Python face of the native library: the C API, the grammar, packing and saved files. Knows no
+// torch: tensors arrive as addresses, sizes and strides.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -34,7 +34,8 @@ py::dict grammar() {
     py::list fields;
     for (const evit::Field& f : g.fields) {
       fields.append(py::dict(py::arg("name") = f.name, py::arg("lo") = f.lo, py::arg("hi") = f.hi,
-                             py::arg("multiple") = f.multiple, py::arg("list") = f.value == nullptr));
+                             py::arg("multiple") = f.multiple,
+                             py::arg("list") = f.value == nullptr));
     }
     out[g.name] = fields;
   }
@@ -45,8 +46,9 @@ py::list layout(const std::string& line) {
   py::list out;
   for (const evit::Section& s : evit::op_sections(parse(line))) {
     out.append(py::dict(py::arg("name") = s.name, py::arg("kind") = evit::section_kind_name(s.kind),
-                        py::arg("dims") = py::tuple(py::cast(s.dims)), py::arg("dtype") = evit::dtype_name(s.dtype),
-                        py::arg("offset") = s.offset, py::arg("bytes") = s.bytes()));
+                        py::arg("dims") = py::tuple(py::cast(s.dims)),
+                        py::arg("dtype") = evit::dtype_name(s.dtype), py::arg("offset") = s.offset,
+                        py::arg("bytes") = s.bytes()));
   }
   return out;
 }
@@ -65,17 +67,19 @@ void pack(const std::string& line, const py::dict& arrays, const py::buffer& out
   const py::buffer_info info = out.request(true);
   const int64_t size = info.size * info.itemsize;
   if (op.at + evit::op_bytes(op) > size) {
-    value_error("pack: the op needs bytes up to " + std::to_string(op.at + evit::op_bytes(op)) + ", the blob has " +
-                std::to_string(size));
+    value_error("pack: the op needs bytes up to " + std::to_string(op.at + evit::op_bytes(op)) +
+                ", the blob has " + std::to_string(size));
   }
   for (const evit::Section& s : sections) {
     const py::str name(s.name);
-    if (!arrays.contains(name)) value_error("pack: " + line + ": array '" + s.name + "' is missing");
+    if (!arrays.contains(name))
+      value_error("pack: " + line + ": array '" + s.name + "' is missing");
     const Array a = py::cast<Array>(arrays[name]);
     const std::vector<py::ssize_t> want(s.dims.begin(), s.dims.end());
     const std::vector<py::ssize_t> got(a.shape(), a.shape() + a.ndim());
     if (got != want) {
-      value_error("pack: array '" + s.name + "' has shape " + dims_text(got) + ", expected " + dims_text(want));
+      value_error("pack: array '" + s.name + "' has shape " + dims_text(got) + ", expected " +
+                  dims_text(want));
     }
     evit::pack_section(s, a.data(), (char*)info.ptr + op.at + s.offset);
   }
@@ -83,7 +87,9 @@ void pack(const std::string& line, const py::dict& arrays, const py::buffer& out
     for (const auto& item : arrays) {
       bool known = false;
       for (const evit::Section& s : sections) known = known || py::str(s.name).equal(item.first);
-      if (!known) value_error("pack: " + line + ": unexpected array '" + py::str(item.first).cast<std::string>() + "'");
+      if (!known)
+        value_error("pack: " + line + ": unexpected array '" +
+                    py::str(item.first).cast<std::string>() + "'");
     }
   }
 }
@@ -116,8 +122,8 @@ class Model {
     isa_in_use();  // raises when EVIT_FAST_MAX_ISA holds an unknown name
     const int64_t bytes = evit_workspace_bytes(model_, B, H, W, threads);
     if (bytes < 0) {
-      value_error("sizes out of range: B=" + std::to_string(B) + " H=" + std::to_string(H) + " W=" +
-                  std::to_string(W) + " threads=" + std::to_string(threads) +
+      value_error("sizes out of range: B=" + std::to_string(B) + " H=" + std::to_string(H) +
+                  " W=" + std::to_string(W) + " threads=" + std::to_string(threads) +
                   "; expected sides from 1 to 16384 and 1 to 256 threads");
     }
     return bytes;
@@ -131,29 +137,33 @@ class Model {
     return out;
   }
   void run(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
-           const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace, size_t workspace_bytes, int threads,
-           double* op_seconds = nullptr) const {
+           const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace,
+           size_t workspace_bytes, int threads, double* op_seconds = nullptr) const {
     if (sizes.size() != 4 || strides.size() != 4) value_error("x: expected 4 dimensions");
-    if (dtype != "float32" && dtype != "uint8") value_error("x: expected float32 or uint8, got " + dtype);
+    if (dtype != "float32" && dtype != "uint8")
+      value_error("x: expected float32 or uint8, got " + dtype);
     evit_tensor in{(void*)x, dtype == "uint8" ? EVIT_UINT8 : EVIT_FLOAT32, 4, {}, {}};
     std::copy(sizes.begin(), sizes.end(), in.sizes);
     std::copy(strides.begin(), strides.end(), in.strides);
     evit_tensor out{(void*)y, EVIT_FLOAT32, 0, {}, {}};
     const bool nchw = model_->model.starts_with_stem();
-    out.rank = evit_output_shape(model_, sizes[0], sizes[nchw ? 2 : 1], sizes[nchw ? 3 : 2], out.sizes);
+    out.rank =
+        evit_output_shape(model_, sizes[0], sizes[nchw ? 2 : 1], sizes[nchw ? 3 : 2], out.sizes);
     int64_t stride = 1;
     for (int i = out.rank - 1; i >= 0; i--) out.strides[i] = stride, stride *= out.sizes[i];
     char err[EVIT_ERROR_BYTES];
     int failed;
     {
       py::gil_scoped_release release;
-      failed = evit::timed_run(model_, &in, &out, (void*)workspace, workspace_bytes, threads, op_seconds, err);
+      failed = evit::timed_run(model_, &in, &out, (void*)workspace, workspace_bytes, threads,
+                               op_seconds, err);
     }
     if (failed) value_error(err);
   }
-  std::vector<double> op_times(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
-                               const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace,
-                               size_t workspace_bytes, int threads) const {
+  std::vector<double> op_times(uintptr_t x, const std::string& dtype,
+                               const std::vector<int64_t>& sizes,
+                               const std::vector<int64_t>& strides, uintptr_t y,
+                               uintptr_t workspace, size_t workspace_bytes, int threads) const {
     std::vector<double> seconds(model_->model.ops.size());
     run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads, seconds.data());
     return seconds;
@@ -176,9 +186,10 @@ py::list describe(const std::string& program) {
   for (const evit::Op& op : ops) {
     const char* name = evit::grammar()[(int)op.kind].name;
     const bool runs = op.dtype == evit::DType::kFloat32;
-    out.append(py::dict(py::arg("op") = name, py::arg("kernel") = std::string("csrc/cpu/") + name + ".cpp",
-                        py::arg("isa") = isa_in_use(), py::arg("dtype") = evit::dtype_name(op.dtype),
-                        py::arg("supported") = runs));
+    out.append(
+        py::dict(py::arg("op") = name, py::arg("kernel") = std::string("csrc/cpu/") + name + ".cpp",
+                 py::arg("isa") = isa_in_use(), py::arg("dtype") = evit::dtype_name(op.dtype),
+                 py::arg("supported") = runs));
   }
   return out;
 }
@@ -222,37 +233,43 @@ uint32_t crc32(const py::buffer& data, uint32_t seed) {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native library of evit_fast: programs, packed weights and the CPU column.";
   m.def("grammar", &grammar, "Fields and legal ranges of every op, in canonical order.");
-  m.def("layout", &layout, py::arg("line"), "Sections of an op: name, kind, natural dims, dtype, offset, bytes.");
+  m.def("layout", &layout, py::arg("line"),
+        "Sections of an op: name, kind, natural dims, dtype, offset, bytes.");
   m.def(
-      "op_bytes", [](const std::string& line) { return evit::op_bytes(parse(line)); }, py::arg("line"),
-      "Bytes of an op's sections in the blob; a multiple of 64.");
+      "op_bytes", [](const std::string& line) { return evit::op_bytes(parse(line)); },
+      py::arg("line"), "Bytes of an op's sections in the blob; a multiple of 64.");
   m.def("pack", &pack, py::arg("line"), py::arg("arrays"), py::arg("out"),
         "Writes an op's natural float64 arrays into the blob `out` at the line's `at`.");
   m.def("verify", &verify, py::arg("program"), py::arg("blob_bytes"),
         "ValueError unless the program is legal and stays inside a blob of that size.");
   m.def("isa", &isa_in_use, "The instruction set in use.");
   m.def("isas", &evit::available_isas, "Instruction sets that this machine runs, lowest first.");
-  m.def("set_max_isa", &set_max_isa, py::arg("name") = py::none(), "Caps the instruction set; None lifts the cap.");
+  m.def("set_max_isa", &set_max_isa, py::arg("name") = py::none(),
+        "Caps the instruction set; None lifts the cap.");
   m.def("describe", &describe, py::arg("program"), "What runs each line on this CPU.");
   m.def("crc32", &crc32, py::arg("data"), py::arg("seed") = 0, "CRC-32 with zlib's polynomial.");
   py::class_<Model>(m, "Model")
-      .def(py::init<const std::string&, uintptr_t, size_t>(), py::arg("program"), py::arg("ptr"), py::arg("nbytes"))
-      .def("workspace_bytes", &Model::workspace_bytes, py::arg("B"), py::arg("H"), py::arg("W"), py::arg("threads"))
+      .def(py::init<const std::string&, uintptr_t, size_t>(), py::arg("program"), py::arg("ptr"),
+           py::arg("nbytes"))
+      .def("workspace_bytes", &Model::workspace_bytes, py::arg("B"), py::arg("H"), py::arg("W"),
+           py::arg("threads"))
       .def("output_shape", &Model::output_shape, py::arg("B"), py::arg("H"), py::arg("W"))
       .def(
           "run",
-          [](const Model& self, uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
-             const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace, size_t workspace_bytes,
-             int threads) { self.run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads); },
-          py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("y"), py::arg("workspace"),
-          py::arg("workspace_bytes"), py::arg("threads"))
-      .def("op_times", &Model::op_times, py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
-           py::arg("y"), py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"),
-           "run, and the seconds that every op took (all images together).");
+          [](const Model& self, uintptr_t x, const std::string& dtype,
+             const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, uintptr_t y,
+             uintptr_t workspace, size_t workspace_bytes, int threads) {
+            self.run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads);
+          },
+          py::arg("x"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"), py::arg("y"),
+          py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"))
+      .def("op_times", &Model::op_times, py::arg("x"), py::arg("dtype"), py::arg("sizes"),
+           py::arg("strides"), py::arg("y"), py::arg("workspace"), py::arg("workspace_bytes"),
+           py::arg("threads"), "run, and the seconds that every op took (all images together).");
   py::class_<File>(m, "File", py::buffer_protocol())
       .def_property_readonly("metadata", &File::metadata)
       .def_buffer(&File::buffer);
   m.def(
-      "read_file", [](const std::string& path) { return std::make_unique<File>(path); }, py::arg("path"),
-      "Maps a saved model; ValueError names what is wrong with it.");
+      "read_file", [](const std::string& path) { return std::make_unique<File>(path); },
+      py::arg("path"), "Maps a saved model; ValueError names what is wrong with it.");
 }

@@ -1,5 +1,7 @@
-"""Whole models as one native call: every variant, instruction set and image size against float64, and the same bits
-for an image alone or in a batch and for any number of threads."""
+"""Whole models as one native call: every variant, instruction set and size against float64.
+
+Also the same bits for an image alone or in a batch and for any number of threads.
+"""
 
 from __future__ import annotations
 
@@ -45,10 +47,14 @@ def check(name: str, isa: str, B: int, H: int, W: int) -> None:
     _, _, program, blob = model(name)
     with instruction_set(isa):
         y = run(program, blob, x)
-        assert_close(y, want, budget(torch.float32, eager), f"{name} {isa} {B}x{H}x{W} (eager {eager:.1e})")
+        assert_close(
+            y, want, budget(torch.float32, eager), f"{name} {isa} {B}x{H}x{W} (eager {eager:.1e})"
+        )
         if isa == ISAS[-1] or (H, W) == SIZES[0]:
             for threads in (2, 5):
-                assert torch.equal(run(program, blob, x, threads), y), f"{threads} threads: other bits"
+                assert torch.equal(run(program, blob, x, threads), y), (
+                    f"{threads} threads: other bits"
+                )
             assert torch.equal(run(program, blob, x[-1:]), y[-1:]), "an image alone has other bits"
 
 
@@ -100,7 +106,7 @@ def test_pixels(isa: str):
 
 
 def test_an_ill_conditioned_network():
-    """Scores of several hundred: eager float32 itself is off by more than 1e-5, the fused one may be by twice that."""
+    """Scores of several hundred: eager float32 is off by 1e-5 and more; fused may be by twice that."""
     single, double = (EfficientVit(VARIANTS["efficientvit_m2"]).eval() for _ in range(2))
     randomize(single, 0)
     with torch.no_grad():

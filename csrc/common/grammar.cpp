@@ -13,7 +13,8 @@ struct DTypeInfo {
   const char* name;
   int bytes;
 };
-constexpr DTypeInfo kDTypeInfo[kDTypes] = {{"float32", 4}, {"float64", 8}, {"float16", 2}, {"bfloat16", 2}};
+constexpr DTypeInfo kDTypeInfo[kDTypes] = {
+    {"float32", 4}, {"float64", 8}, {"float16", 2}, {"bfloat16", 2}};
 
 std::string quoted(const std::string& s) {
   std::string out = "'";
@@ -53,8 +54,8 @@ bool check_range(const std::string& where, const Field& f, int64_t v, std::strin
   if (v >= f.lo && v <= f.hi && (odd ? v % 2 == 1 : v % f.multiple == 0)) return true;
   std::string rule = odd ? "odd" : "a multiple of " + std::to_string(f.multiple);
   if (!odd && f.multiple == 1) rule = "an integer";
-  return fail(error, where + ": " + f.name + "=" + std::to_string(v) + ", expected " + rule + " from " +
-                         std::to_string(f.lo) + " to " + std::to_string(f.hi));
+  return fail(error, where + ": " + f.name + "=" + std::to_string(v) + ", expected " + rule +
+                         " from " + std::to_string(f.lo) + " to " + std::to_string(f.hi));
 }
 
 }  // namespace
@@ -71,7 +72,9 @@ CgaShape Op::cga() const {
 const std::vector<OpGrammar>& grammar() {
   static const std::vector<OpGrammar> table = {
       {OpKind::kStem, "stem", {{"in", &Op::in, 1, 64, 1}, {"C", &Op::C, 64, 1024, 64}}},
-      {OpKind::kDwFfn, "dw_ffn", {{"C", &Op::C, 16, kMaxChannels, 16}, {"F", &Op::F, 16, 4 * kMaxChannels, 16}}},
+      {OpKind::kDwFfn,
+       "dw_ffn",
+       {{"C", &Op::C, 16, kMaxChannels, 16}, {"F", &Op::F, 16, 4 * kMaxChannels, 16}}},
       {OpKind::kCga,
        "cga",
        {{"C", &Op::C, 16, kMaxChannels, 16},
@@ -85,7 +88,9 @@ const std::vector<OpGrammar>& grammar() {
         {"F", &Op::F, 16, 4 * kMaxChannels, 16},
         {"R", &Op::R, 16, kMaxChannels, 16},
         {"CO", &Op::CO, 16, kMaxChannels, 16}}},
-      {OpKind::kClassifier, "classifier", {{"C", &Op::C, 16, kMaxChannels, 16}, {"N", &Op::N, 0, 65536, 1}}},
+      {OpKind::kClassifier,
+       "classifier",
+       {{"C", &Op::C, 16, kMaxChannels, 16}, {"N", &Op::N, 0, 65536, 1}}},
   };
   return table;
 }
@@ -117,7 +122,8 @@ bool parse_line(const std::string& line, Op* op, std::string* error) {
     }
     for (const std::string& item : f.value ? std::vector<std::string>{text} : split(text, ',')) {
       if (!parse_number(item, &v))
-        return fail(error, std::string(g->name) + ": " + f.name + "=" + quoted(item) + " is not a number");
+        return fail(error,
+                    std::string(g->name) + ": " + f.name + "=" + quoted(item) + " is not a number");
       if (!check_range(g->name, f, v, error)) return false;
       if (f.value)
         op->*f.value = (int)v;
@@ -136,12 +142,15 @@ bool parse_line(const std::string& line, Op* op, std::string* error) {
     op->dtype = (DType)d;
   }
   if (!take("at", &text) || !parse_number(text, &op->at) || next != words.size()) {
-    return fail(error, std::string(g->name) + ": expected at=<bytes> as the last word of " + quoted(line));
+    return fail(error,
+                std::string(g->name) + ": expected at=<bytes> as the last word of " + quoted(line));
   }
-  if (op->at % 64) return fail(error, std::string(g->name) + ": at=" + text + ", expected a multiple of 64");
+  if (op->at % 64)
+    return fail(error, std::string(g->name) + ": at=" + text + ", expected a multiple of 64");
   if (op->kind == OpKind::kCga) {
     if (op->C % op->heads || op->C / op->heads % 16) {
-      return fail(error, "cga: C=" + std::to_string(op->C) + ", heads=" + std::to_string(op->heads) +
+      return fail(error, "cga: C=" + std::to_string(op->C) +
+                             ", heads=" + std::to_string(op->heads) +
                              ", expected C/heads to be a multiple of 16");
     }
     if ((int)op->ks.size() != op->heads) {
@@ -152,7 +161,8 @@ bool parse_line(const std::string& line, Op* op, std::string* error) {
   return true;
 }
 
-bool parse_program(const std::string& text, int64_t blob_bytes, std::vector<Op>* ops, std::string* error) {
+bool parse_program(const std::string& text, int64_t blob_bytes, std::vector<Op>* ops,
+                   std::string* error) {
   ops->clear();
   if (text.size() > kMaxProgramBytes) return fail(error, "program: longer than 1 MiB");
   const std::vector<std::string> lines = split(text, '\n');
@@ -162,7 +172,8 @@ bool parse_program(const std::string& text, int64_t blob_bytes, std::vector<Op>*
     const std::string where = "program line " + std::to_string(i + 1) + ": ";
     Op op;
     if (!parse_line(lines[i], &op, error)) return fail(error, where + *error);
-    if (op.kind == OpKind::kStem && i > 0) return fail(error, where + "stem can only be the first op");
+    if (op.kind == OpKind::kStem && i > 0)
+      return fail(error, where + "stem can only be the first op");
     if (i > 0 && ops->back().kind == OpKind::kClassifier)
       return fail(error, where + "classifier can only be the last op");
     if (i > 0 && op.C != channels) {

@@ -1,5 +1,5 @@
-// The grammar of a program: op names, fields, legal ranges, weight sections. The one table; Python reads it through the
-// binding, docs/format.md describes it. Not included by instruction-set files.
+// The grammar of a program: op names, fields, legal ranges, weight sections. The one table; Python
+// reads it through the binding, docs/format.md describes it. Not included by instruction-set files.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ struct Op {
 
 struct Field {
   const char* name;
-  int Op::*value;  // null: the list ks
+  int Op::* value;  // null: the list ks
   int lo, hi, multiple;
 };
 
@@ -65,9 +65,10 @@ struct Section {
 std::vector<Section> op_sections(const Op& op);
 int64_t op_bytes(const Op& op);
 
-// Both return false and one sentence in *error. A program that passes has legal fields, agreeing channels, and touches
-// nothing outside [0, blob_bytes) (skipped when negative).
+// Both return false and one sentence in *error. A program that passes has legal fields, agreeing
+// channels, and touches nothing outside [0, blob_bytes) (skipped when negative).
 bool parse_line(const std::string& line, Op* op, std::string* error);
-bool parse_program(const std::string& text, int64_t blob_bytes, std::vector<Op>* ops, std::string* error);
+bool parse_program(const std::string& text, int64_t blob_bytes, std::vector<Op>* ops,
+                   std::string* error);
 
 }  // namespace evit

@@ -115,10 +115,18 @@ uint16_t to_float16(double v) {  // round to nearest even, through float32
 
 void put(void* out, DType d, int64_t i, double v) {
   switch (d) {
-    case DType::kFloat32: ((float*)out)[i] = (float)v; return;
-    case DType::kFloat64: ((double*)out)[i] = v; return;
-    case DType::kFloat16: ((uint16_t*)out)[i] = to_float16(v); return;
-    case DType::kBFloat16: ((uint16_t*)out)[i] = to_bfloat16(v); return;
+    case DType::kFloat32:
+      ((float*)out)[i] = (float)v;
+      return;
+    case DType::kFloat64:
+      ((double*)out)[i] = v;
+      return;
+    case DType::kFloat16:
+      ((uint16_t*)out)[i] = to_float16(v);
+      return;
+    case DType::kBFloat16:
+      ((uint16_t*)out)[i] = to_bfloat16(v);
+      return;
   }
 }
 
@@ -127,7 +135,8 @@ struct Binder {
   std::vector<Section> sections;
   const char* base;
   size_t next = 0;
-  Binder(const Op& op, const void* blob) : sections(op_sections(op)), base((const char*)blob + op.at) {}
+  Binder(const Op& op, const void* blob)
+      : sections(op_sections(op)), base((const char*)blob + op.at) {}
   void operator()(const float*& p) { p = (const float*)(base + sections[next++].offset); }
   template <class... Rest>
   void operator()(const float*& p, Rest&... rest) {
@@ -147,11 +156,21 @@ const char* section_kind_name(SectionKind k) {
 std::vector<Section> op_sections(const Op& op) {
   Lister l{op, {}, 0};
   switch (op.kind) {
-    case OpKind::kStem: list_stem(l, op.stem()); break;
-    case OpKind::kDwFfn: list_dw_ffn(l, op.dw_ffn()); break;
-    case OpKind::kCga: list_cga(l, op.cga()); break;
-    case OpKind::kPatchMerge: list_patch_merge(l, op.patch_merge()); break;
-    case OpKind::kClassifier: list_classifier(l, op.classifier()); break;
+    case OpKind::kStem:
+      list_stem(l, op.stem());
+      break;
+    case OpKind::kDwFfn:
+      list_dw_ffn(l, op.dw_ffn());
+      break;
+    case OpKind::kCga:
+      list_cga(l, op.cga());
+      break;
+    case OpKind::kPatchMerge:
+      list_patch_merge(l, op.patch_merge());
+      break;
+    case OpKind::kClassifier:
+      list_classifier(l, op.classifier());
+      break;
   }
   return std::move(l.out);
 }
@@ -178,7 +197,8 @@ void pack_section(const Section& s, const double* x, void* out) {
       for (int64_t n = 0; n < d[0]; n++)
         for (int64_t i = 0; i < I; i++)
           for (int64_t t = 0; t < 9; t++) {
-            const int64_t k = s.kind == SectionKind::kConvNhwc ? t * I + i : (t / 3 * I + i) * 3 + t % 3;
+            const int64_t k =
+                s.kind == SectionKind::kConvNhwc ? t * I + i : (t / 3 * I + i) * 3 + t % 3;
             put(out, s.dtype, (n / width * K + k) * width + n % width, x[(n * I + i) * 9 + t]);
           }
       return;
@@ -204,8 +224,8 @@ void pack_section(const Section& s, const double* x, void* out) {
 
 void bind_weights(const Op& op, const void* blob, StemWeights* w) {
   Binder bind(op, blob);
-  bind(w->conv1, w->bias1, w->conv1_u8, w->bias1_u8, w->pad_u8, w->conv2, w->bias2, w->conv3, w->bias3,
-       w->conv4, w->bias4);
+  bind(w->conv1, w->bias1, w->conv1_u8, w->bias1_u8, w->pad_u8, w->conv2, w->bias2, w->conv3,
+       w->bias3, w->conv4, w->bias4);
 }
 
 void bind_weights(const Op& op, const void* blob, DwFfnWeights* w) {

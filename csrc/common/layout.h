@@ -1,6 +1,6 @@
 // The packed layout: one per dtype, the same for every instruction set.
-//   panel        [N][K]       -> [ceil(N/16)][K][16]         16 output channels side by side, one line per k
-//   conv_planar  [N][I][3][3] -> panel with k = (dy, i, dx)   for inputs kept in planes
+//   panel        [N][K]       -> [ceil(N/16)][K][16]         16 output channels side by side, one
+//   line per k conv_planar  [N][I][3][3] -> panel with k = (dy, i, dx)   for inputs kept in planes
 //   conv_nhwc    [N][I][3][3] -> panel with k = (dy, dx, i)   for NHWC inputs
 //   conv_first   [N][I][3][3] -> [N/8][(dy, i, dx)][8]
 //   depthwise    [C][h][w]    -> [C/16][h*w][16]

@@ -1,5 +1,6 @@
-// Sizes and bound weights of the five ops, as kernels see them. PODs only: instruction-set files include this.
-// Weight pointers are in the packed layout of layout.h; the natural shapes stand beside them.
+// Sizes and bound weights of the five ops, as kernels see them. PODs only: instruction-set files
+// include this. Weight pointers are in the packed layout of layout.h; the natural shapes stand
+// beside them.
 #pragma once
 
 namespace evit {
@@ -17,11 +18,12 @@ struct StemShape {
   int c3() const { return C / 2; }
 };
 struct StemWeights {
-  const float *conv1, *bias1;                // conv_first [C/8, in, 3, 3]
-  const float *conv1_u8, *bias1_u8, *pad_u8;  // the same for pixels; pad_u8 [in]: value outside the image
-  const float *conv2, *bias2;                // conv_planar [C/4, C/8, 3, 3]
-  const float *conv3, *bias3;                // conv_nhwc [C/2, C/4, 3, 3]
-  const float *conv4, *bias4;                // conv_nhwc [C, C/2, 3, 3]
+  const float *conv1, *bias1;  // conv_first [C/8, in, 3, 3]
+  const float *conv1_u8, *bias1_u8,
+      *pad_u8;                 // the same for pixels; pad_u8 [in]: value outside the image
+  const float *conv2, *bias2;  // conv_planar [C/4, C/8, 3, 3]
+  const float *conv3, *bias3;  // conv_nhwc [C/2, C/4, 3, 3]
+  const float *conv4, *bias4;  // conv_nhwc [C, C/2, 3, 3]
 };
 
 struct DwFfnShape {
@@ -55,11 +57,11 @@ struct PatchMergeShape {
   int C, F, R, CO;
 };
 struct PatchMergeWeights {
-  const float *w1, *b1;           // panel [F, C]
-  const float *dw, *dw_bias;      // depthwise [F, 3, 3]
-  const float *se1, *se1_bias;    // panel [R, F]
-  const float *se2, *se2_bias;    // panel [F, R]
-  const float *w3, *b3;           // panel [CO, F]
+  const float *w1, *b1;         // panel [F, C]
+  const float *dw, *dw_bias;    // depthwise [F, 3, 3]
+  const float *se1, *se1_bias;  // panel [R, F]
+  const float *se2, *se2_bias;  // panel [F, R]
+  const float *w3, *b3;         // panel [CO, F]
 };
 
 struct ClassifierShape {

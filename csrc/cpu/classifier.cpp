@@ -1,5 +1,6 @@
-// classifier on the CPU: mean over the tokens of an image, then one layer (BN folded). N = 0 stops after the pool.
-// Scratch: pooled rows [B][C], and one partial panel [B][16] where N is not a multiple of 16.
+// classifier on the CPU: mean over the tokens of an image, then one layer (BN folded). N = 0 stops
+// after the pool. Scratch: pooled rows [B][C], and one partial panel [B][16] where N is not a
+// multiple of 16.
 #include "cpu/gemm.h"
 #include "cpu/isa_ops.h"
 
@@ -41,8 +42,8 @@ void classifier(const ClassifierShape& s, const ClassifierWeights& w, const MapI
   if (whole == s.N || team.rank != team.size - 1) return;
 
   float* tail = io.scratch + (size_t)io.B * s.C;
-  gemm(Epilogue::kBias, {io.B, s.C, kPanel, pooled, s.C, w.w + (long)whole * s.C, w.bias + whole, tail, kPanel,
-                         nullptr, 0});
+  gemm(Epilogue::kBias, {io.B, s.C, kPanel, pooled, s.C, w.w + (long)whole * s.C, w.bias + whole,
+                         tail, kPanel, nullptr, 0});
   for (int b = 0; b < io.B; b++)
     for (int n = whole; n < s.N; n++) io.y[(long)b * s.N + n] = tail[(long)b * kPanel + n - whole];
 }

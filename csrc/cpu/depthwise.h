@@ -1,6 +1,6 @@
-// Depthwise 3x3, padding 1, one output row of one image, 16 channels at a time. Outputs of a row stay in registers; each
-// input is loaded once per kernel row. Per output the sum runs from the bias over the taps inside the map, top to bottom,
-// left to right, wherever the row is cut.
+// Depthwise 3x3, padding 1, one output row of one image, 16 channels at a time. Outputs of a row
+// stay in registers; each input is loaded once per kernel row. Per output the sum runs from the
+// bias over the taps inside the map, top to bottom, left to right, wherever the row is cut.
 #pragma once
 
 #include "cpu/simd.h"
@@ -28,7 +28,7 @@ EVIT_INLINE void depthwise_span(const DepthwiseRow& d, int y, int x0, int c, Emi
   }
   constexpr int kInputs = kStride * (N - 1) + 3;
   const int in0 = kStride * x0 - 1;
-  const bool left = in0 < 0, right = in0 + kInputs > d.W;
+  const bool left = in0<0, right = in0 + kInputs> d.W;
   for (int dy = 0; dy < 3; dy++) {
     const int yy = kStride * y + dy - 1;
     if (yy < 0 || yy >= d.H) continue;
@@ -68,7 +68,8 @@ template <int kStride, class Emit>
 EVIT_INLINE void depthwise_row(const DepthwiseRow& d, int y, int columns, int c, Emit&& emit) {
   const int spans = (columns + kDwColumns - 1) / kDwColumns;
   for (int i = 0; i < spans; i++) {
-    const int x0 = (int)((long)columns * i / spans), n = (int)((long)columns * (i + 1) / spans) - x0;
+    const int x0 = (int)((long)columns * i / spans),
+              n = (int)((long)columns * (i + 1) / spans) - x0;
     depthwise_tail<kDwColumns, kStride>(n, d, y, x0, c, emit);
   }
 }

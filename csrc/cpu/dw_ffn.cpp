@@ -1,6 +1,6 @@
-// dw_ffn on the CPU: y = dw(x); out = y + W2 relu(W1 y). One block = a few rows of tokens: depthwise, both layers and the
-// hidden activations stay in cache, so nothing of width F grows with the batch.
-// Scratch per rank: y [block][C], hidden [block][F].
+// dw_ffn on the CPU: y = dw(x); out = y + W2 relu(W1 y). One block = a few rows of tokens:
+// depthwise, both layers and the hidden activations stay in cache, so nothing of width F grows with
+// the batch. Scratch per rank: y [block][C], hidden [block][F].
 #include "cpu/depthwise.h"
 #include "cpu/gemm.h"
 #include "cpu/isa_ops.h"
@@ -10,7 +10,8 @@ namespace {
 
 constexpr int kColumnSplitTokens = 64;  // at most this many tokens: ranks share columns, not rows
 
-// Tokens of a block: small while both matrices stay in L2 beside it, large where they must be read again per block.
+// Tokens of a block: small while both matrices stay in L2 beside it, large where they must be read
+// again per block.
 EVIT_INLINE int block_tokens(const DwFfnShape& s) {
   const long weight_bytes = 2L * s.C * s.F * 4;
   return weight_bytes < (400 << 10) ? 28 : weight_bytes < (1 << 20) ? 56 : 256;
@@ -34,26 +35,29 @@ EVIT_INLINE bool split_columns(int B, int H, int W, int team) {
 }
 
 // Depthwise of global rows r0..r1 (row r belongs to image r/H), channels c0..c1, into y [..][C].
-EVIT_NOINLINE void depthwise_rows(const DwFfnShape& s, const DwFfnWeights& w, const MapIo& io, int r0, int r1,
-                                  int c0, int c1, float* y) {
+EVIT_NOINLINE void depthwise_rows(const DwFfnShape& s, const DwFfnWeights& w, const MapIo& io,
+                                  int r0, int r1, int c0, int c1, float* y) {
   const long image = (long)io.H * io.W * s.C;
   for (int r = r0; r < r1; r++) {
     float* row = y + (long)(r - r0) * io.W * s.C;
     for (int c = c0; c < c1; c += kPanel) {
-      const DepthwiseRow d{io.x + r / io.H * image + c, s.C, io.H, io.W, w.dw + c * 9, w.dw_bias + c, row + c, s.C};
+      const DepthwiseRow d{
+          io.x + r / io.H * image + c, s.C, io.H, io.W, w.dw + c * 9, w.dw_bias + c, row + c, s.C};
       for (int v = 0; v < kPanel; v += kLanes) {
-        depthwise_row<1>(d, r % io.H, io.W, v, [&](int x, f32 a) { store(d.out + x * d.out_pixel + v, a); });
+        depthwise_row<1>(d, r % io.H, io.W, v,
+                         [&](int x, f32 a) { store(d.out + x * d.out_pixel + v, a); });
       }
     }
   }
 }
 
-EVIT_INLINE GemmArgs up(const DwFfnShape& s, const DwFfnWeights& w, int T, const float* y, float* hidden) {
+EVIT_INLINE GemmArgs up(const DwFfnShape& s, const DwFfnWeights& w, int T, const float* y,
+                        float* hidden) {
   return {T, s.C, s.F, y, s.C, w.w1, w.b1, hidden, s.F, nullptr, 0};
 }
 
-EVIT_INLINE GemmArgs down(const DwFfnShape& s, const DwFfnWeights& w, int T, const float* hidden, const float* y,
-                          float* out) {
+EVIT_INLINE GemmArgs down(const DwFfnShape& s, const DwFfnWeights& w, int T, const float* hidden,
+                          const float* y, float* out) {
   return {T, s.F, s.C, hidden, s.F, w.w2, w.b2, out, s.C, y, s.C};
 }
 

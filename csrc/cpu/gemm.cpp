@@ -1,15 +1,17 @@
-// The register tile and its drivers. Rows outer, panels inner: the rows of A (14 x K) stay in L1 while the panels stream
-// from L2; panels outer loses up to 25 % once C leaves L2. Rows are spread evenly over the tiles (49 = 13+12+12+12).
+// The register tile and its drivers. Rows outer, panels inner: the rows of A (14 x K) stay in L1
+// while the panels stream from L2; panels outer loses up to 25 % once C leaves L2. Rows are spread
+// evenly over the tiles (49 = 13+12+12+12).
 #include "cpu/gemm.h"
 
 namespace evit::cpu::EVIT_ISA {
 namespace {
 
-// MR rows x NP panels. B is prefetched kAhead steps early, per panel: panels are contiguous, so running over the end of
-// one fetches the next; never a loss, 4-8 points when the weights come from L3.
+// MR rows x NP panels. B is prefetched kAhead steps early, per panel: panels are contiguous, so
+// running over the end of one fetches the next; never a loss, 4-8 points when the weights come from
+// L3.
 template <int MR, int NP, Epilogue E, int kAhead>
-EVIT_NOINLINE void tile(const GemmArgs& g, const float* a, const float* w, const float* bias, float* c,
-                        const float* r) {
+EVIT_NOINLINE void tile(const GemmArgs& g, const float* a, const float* w, const float* bias,
+                        float* c, const float* r) {
   constexpr int NV = NP * kVecs;
   const long lda = g.lda, panel = (long)g.K * kPanel;
   f32 acc[MR][NV];
@@ -41,8 +43,8 @@ EVIT_NOINLINE void tile(const GemmArgs& g, const float* a, const float* w, const
 
 // Panels p0..p1 with tiles of at most MR rows and exactly NP panels (p1 - p0 is a multiple of NP).
 template <int MR, int NP, Epilogue E, int kAhead, int R>
-EVIT_INLINE void tile_rows(int rows, const GemmArgs& g, const float* a, const float* w, const float* bias,
-                           float* c, const float* r) {
+EVIT_INLINE void tile_rows(int rows, const GemmArgs& g, const float* a, const float* w,
+                           const float* bias, float* c, const float* r) {
   if constexpr (R == 1) {
     tile<1, NP, E, kAhead>(g, a, w, bias, c, r);
   } else {
@@ -66,7 +68,8 @@ void region(const GemmArgs& g, int p0, int p1) {
   }
 }
 
-// A single row (squeeze-excite, classifier of one image): as many panels side by side as registers allow.
+// A single row (squeeze-excite, classifier of one image): as many panels side by side as registers
+// allow.
 template <int NP, Epilogue E>
 void row(const GemmArgs& g, int p, int p1) {
   for (; p + NP <= p1; p += NP) {
@@ -83,7 +86,8 @@ void gemm_any(const GemmArgs& g) {
   const int panels = g.N / kPanel;
   if (g.T <= 0 || panels <= 0) return;
   if (g.T == 1) return row<kMaxPanels, E>(g, 0, panels);
-  // 16 rows (one image of stage 3): every weight is loaded once, broadcasts are operands of the FMA.
+  // 16 rows (one image of stage 3): every weight is loaded once, broadcasts are operands of the
+  // FMA.
   if (kRows1 == 16 && g.T == 16) return region<kRows1, 1, E, 48>(g, 0, panels);
   int done = 0;
   if constexpr (kRows4 > 1) {
@@ -114,9 +118,12 @@ void gemm(Epilogue e, const GemmArgs& args) {
   GemmArgs g = args;
   if (!g.r) g.r = g.c, g.ldr = g.ldc;  // addressed, never read
   switch (e) {
-    case Epilogue::kBias: return gemm_any<Epilogue::kBias>(g);
-    case Epilogue::kRelu: return gemm_any<Epilogue::kRelu>(g);
-    case Epilogue::kResidual: return gemm_any<Epilogue::kResidual>(g);
+    case Epilogue::kBias:
+      return gemm_any<Epilogue::kBias>(g);
+    case Epilogue::kRelu:
+      return gemm_any<Epilogue::kRelu>(g);
+    case Epilogue::kResidual:
+      return gemm_any<Epilogue::kResidual>(g);
   }
 }
 

@@ -1,6 +1,6 @@
-// Dense token-wise layers: C = epilogue(A * W^T + bias) with W in packed panels [N/16][K][16] (common/layout.h).
-// Every output is one FMA chain over k = 0..K-1 that starts from the bias, whatever the tile, so its bits depend on
-// neither the number of rows nor the split over ranks.
+// Dense token-wise layers: C = epilogue(A * W^T + bias) with W in packed panels [N/16][K][16]
+// (common/layout.h). Every output is one FMA chain over k = 0..K-1 that starts from the bias,
+// whatever the tile, so its bits depend on neither the number of rows nor the split over ranks.
 #pragma once
 
 #include "cpu/simd.h"
@@ -10,14 +10,14 @@ namespace evit::cpu::EVIT_ISA {
 enum class Epilogue { kBias, kRelu, kResidual };  // kResidual adds r after the sum
 
 struct GemmArgs {
-  int T, K, N;         // rows, depth, columns (N a multiple of 16)
-  const float* a;      // [T][K], row stride lda
+  int T, K, N;     // rows, depth, columns (N a multiple of 16)
+  const float* a;  // [T][K], row stride lda
   long lda;
-  const float* w;      // packed panels of these N columns
-  const float* bias;   // [N]
-  float* c;            // [T][N], row stride ldc
+  const float* w;     // packed panels of these N columns
+  const float* bias;  // [N]
+  float* c;           // [T][N], row stride ldc
   long ldc;
-  const float* r;      // [T][N], row stride ldr; kResidual only
+  const float* r;  // [T][N], row stride ldr; kResidual only
   long ldr;
 };
 

@@ -1,7 +1,8 @@
-// The five ops of one instruction set: what each kernel takes, and the table that the runtime calls through.
-// Every kernel is SPMD: all ranks of a team call it with the same arguments but their own rank; it synchronises inside
-// (team.sync()) where one phase reads what another rank wrote, never at its end (the runtime does). A team of one is a
-// plain call. No output's sum depends on the team's size, the number of images or a tile's remainder.
+// The five ops of one instruction set: what each kernel takes, and the table that the runtime calls
+// through. Every kernel is SPMD: all ranks of a team call it with the same arguments but their own
+// rank; it synchronises inside (team.sync()) where one phase reads what another rank wrote, never
+// at its end (the runtime does). A team of one is a plain call. No output's sum depends on the
+// team's size, the number of images or a tile's remainder.
 #pragma once
 
 #include <stddef.h>

@@ -1,9 +1,11 @@
 // patch_merge on the CPU, in three phases:
-//   1. per image and panel of 64 hidden channels: 1x1 + ReLU, stride-2 depthwise + ReLU, sums for the pool. The hidden
+//   1. per image and panel of 64 hidden channels: 1x1 + ReLU, stride-2 depthwise + ReLU, sums for
+//   the pool. The hidden
 //      map exists one panel at a time (14x14: 50 KB instead of 600).
 //   2. squeeze-excite over all images at hand as two small layers; sigmoid.
 //   3. gate, then the last 1x1.
-// Scratch: g [B*HO*WO][F] (halved map), pool and gate [B][F], mid [B][R]; per rank a hidden panel [H*W][64].
+// Scratch: g [B*HO*WO][F] (halved map), pool and gate [B][F], mid [B][R]; per rank a hidden panel
+// [H*W][64].
 #include "cpu/depthwise.h"
 #include "cpu/gemm.h"
 #include "cpu/isa_ops.h"
@@ -26,12 +28,14 @@ struct Layout {
   }
 };
 
-// Stride-2 depthwise + ReLU of `channels` channels of one image [H*W][channels] into g (pixel stride F); means into pool.
-EVIT_NOINLINE void reduce(const PatchMergeShape& s, const PatchMergeWeights& w, int H, int W, int c0, int channels,
-                          const float* hidden, float* g, float* pool) {
+// Stride-2 depthwise + ReLU of `channels` channels of one image [H*W][channels] into g (pixel
+// stride F); means into pool.
+EVIT_NOINLINE void reduce(const PatchMergeShape& s, const PatchMergeWeights& w, int H, int W,
+                          int c0, int channels, const float* hidden, float* g, float* pool) {
   const int HO = halved(H), WO = halved(W);
   for (int c = 0; c < channels; c += kPanel) {
-    const DepthwiseRow d{hidden + c, channels, H, W, w.dw + (long)(c0 + c) * 9, w.dw_bias + c0 + c, nullptr, 0};
+    const DepthwiseRow d{hidden + c,         channels, H, W, w.dw + (long)(c0 + c) * 9,
+                         w.dw_bias + c0 + c, nullptr,  0};
     for (int v = 0; v < kPanel; v += kLanes) {
       f32 sum = splat(0.0f);
       for (int y = 0; y < HO; y++) {
@@ -47,17 +51,18 @@ EVIT_NOINLINE void reduce(const PatchMergeShape& s, const PatchMergeWeights& w, 
   }
 }
 
-void expand_and_reduce(const PatchMergeShape& s, const PatchMergeWeights& w, const MapIo& io, float* g, float* pool,
-                       float* hidden) {
+void expand_and_reduce(const PatchMergeShape& s, const PatchMergeWeights& w, const MapIo& io,
+                       float* g, float* pool, float* hidden) {
   const int panels = (s.F + kHiddenPanel - 1) / kHiddenPanel, T = io.H * io.W;
   const long out = (long)halved(io.H) * halved(io.W) * s.F;
   const long tasks = (long)io.B * panels;
-  const long first = tasks * io.team.rank / io.team.size, last = tasks * (io.team.rank + 1) / io.team.size;
+  const long first = tasks * io.team.rank / io.team.size,
+             last = tasks * (io.team.rank + 1) / io.team.size;
   for (long t = first; t < last; t++) {
     const int b = (int)(t / panels), n = (int)(t % panels) * kHiddenPanel;
     const int width = s.F - n < kHiddenPanel ? s.F - n : kHiddenPanel;
-    gemm(Epilogue::kRelu, {T, s.C, width, io.x + (long)b * T * s.C, s.C, w.w1 + (long)n * s.C, w.b1 + n, hidden,
-                           width, nullptr, 0});
+    gemm(Epilogue::kRelu, {T, s.C, width, io.x + (long)b * T * s.C, s.C, w.w1 + (long)n * s.C,
+                           w.b1 + n, hidden, width, nullptr, 0});
     reduce(s, w, io.H, io.W, n, width, hidden, g + b * out + n, pool + (long)b * s.F + n);
   }
 }
@@ -65,10 +70,12 @@ void expand_and_reduce(const PatchMergeShape& s, const PatchMergeWeights& w, con
 // gate[b] = sigmoid(gate[b]) over the columns c0..c1.
 void gate_columns(const PatchMergeShape& s, int B, int c0, int c1, float* gate) {
   for (int b = 0; b < B; b++)
-    for (int c = c0; c < c1; c += kLanes) store(gate + (long)b * s.F + c, sigmoid(load(gate + (long)b * s.F + c)));
+    for (int c = c0; c < c1; c += kLanes)
+      store(gate + (long)b * s.F + c, sigmoid(load(gate + (long)b * s.F + c)));
 }
 
-void scale_rows(const PatchMergeShape& s, long per_image, long t0, long t1, const float* gate, float* g) {
+void scale_rows(const PatchMergeShape& s, long per_image, long t0, long t1, const float* gate,
+                float* g) {
   for (long t = t0; t < t1; t++) {
     const float* m = gate + t / per_image * s.F;
     float* row = g + t * s.F;
@@ -92,8 +99,9 @@ void patch_merge(const PatchMergeShape& s, const PatchMergeWeights& w, const Map
   expand_and_reduce(s, w, io, g, pool, mid + l.mid + l.hidden * team.rank);
   team.sync();
 
-  gemm(Epilogue::kRelu, gemm_columns({io.B, s.F, s.R, pool, s.F, w.se1, w.se1_bias, mid, s.R, nullptr, 0}, team.rank,
-                                     team.size));
+  gemm(Epilogue::kRelu,
+       gemm_columns({io.B, s.F, s.R, pool, s.F, w.se1, w.se1_bias, mid, s.R, nullptr, 0}, team.rank,
+                    team.size));
   team.sync();
   const GemmArgs excite = gemm_columns(
       {io.B, s.R, s.F, mid, s.R, w.se2, w.se2_bias, gate, s.F, nullptr, 0}, team.rank, team.size);
@@ -105,11 +113,12 @@ void patch_merge(const PatchMergeShape& s, const PatchMergeWeights& w, const Map
   scale_rows(s, (long)halved(io.H) * halved(io.W), t0, t1, gate, g);
   if (team.size > 1 && l.tokens <= kColumnSplitTokens) {
     team.sync();
-    gemm(Epilogue::kBias, gemm_columns({(int)l.tokens, s.F, s.CO, g, s.F, w.w3, w.b3, io.y, s.CO, nullptr, 0},
-                                       team.rank, team.size));
+    gemm(Epilogue::kBias,
+         gemm_columns({(int)l.tokens, s.F, s.CO, g, s.F, w.w3, w.b3, io.y, s.CO, nullptr, 0},
+                      team.rank, team.size));
   } else {
-    gemm(Epilogue::kBias, {(int)(t1 - t0), s.F, s.CO, g + t0 * s.F, s.F, w.w3, w.b3, io.y + t0 * s.CO, s.CO,
-                           nullptr, 0});
+    gemm(Epilogue::kBias, {(int)(t1 - t0), s.F, s.CO, g + t0 * s.F, s.F, w.w3, w.b3,
+                           io.y + t0 * s.CO, s.CO, nullptr, 0});
   }
 }
 

@@ -6,8 +6,17 @@ namespace evit::cpu::EVIT_ISA {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    EVIT_STRING(EVIT_ISA), stem_scratch, dw_ffn_scratch, cga_scratch, patch_merge_scratch, classifier_scratch,
-    stem,                  dw_ffn,       cga,            patch_merge, classifier,
+    EVIT_STRING(EVIT_ISA),
+    stem_scratch,
+    dw_ffn_scratch,
+    cga_scratch,
+    patch_merge_scratch,
+    classifier_scratch,
+    stem,
+    dw_ffn,
+    cga,
+    patch_merge,
+    classifier,
 };
 
 }  // namespace evit::cpu::EVIT_ISA

@@ -42,8 +42,9 @@ std::string check_input(const evit::Model& m, const evit_tensor& x) {
   if (x.rank != 4) return "x: expected 4 dimensions, got " + std::to_string(x.rank);
   const int64_t channels = x.sizes[stem ? 1 : 3];
   if (channels != m.input_channels()) {
-    return "x: shape " + shape(x) + " has " + std::to_string(channels) + " channels, the program takes " +
-           std::to_string(m.input_channels()) + (stem ? " (layout [B, C, H, W])" : " (layout [B, H, W, C])");
+    return "x: shape " + shape(x) + " has " + std::to_string(channels) +
+           " channels, the program takes " + std::to_string(m.input_channels()) +
+           (stem ? " (layout [B, C, H, W])" : " (layout [B, H, W, C])");
   }
   if (x.dtype != EVIT_FLOAT32 && !(stem && x.dtype == EVIT_UINT8))
     return stem ? "x: expected float32 or uint8" : "x: expected float32";
@@ -72,20 +73,23 @@ int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* 
     if (!error.empty()) return fail(err, error);
     const evit::cpu::Kernels* k = evit::kernels(&error);
     if (!k) return fail(err, error);
-    const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1], W = x->sizes[m.starts_with_stem() ? 3 : 2];
+    const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1],
+                  W = x->sizes[m.starts_with_stem() ? 3 : 2];
     evit::Plan plan;
     if (!evit::make_plan(m, *k, B, H, W, threads, &plan)) {
-      return fail(err, "x: shape " + shape(*x) + " with " + std::to_string(threads) +
-                           " threads is out of range; expected sides from 1 to 16384 and 1 to 256 threads");
+      return fail(
+          err, "x: shape " + shape(*x) + " with " + std::to_string(threads) +
+                   " threads is out of range; expected sides from 1 to 16384 and 1 to 256 threads");
     }
     evit_tensor want{nullptr, EVIT_FLOAT32, 0, {}, {}};
     want.rank = evit_output_shape(model, B, H, W, want.sizes);
     bool same = y->rank == want.rank && y->dtype == EVIT_FLOAT32 && contiguous(*y);
     for (int i = 0; same && i < want.rank; i++) same = y->sizes[i] == want.sizes[i];
-    if (!same) return fail(err, "y: expected contiguous float32 " + shape(want) + ", got " + shape(*y));
+    if (!same)
+      return fail(err, "y: expected contiguous float32 " + shape(want) + ", got " + shape(*y));
     if (workspace_bytes < plan.bytes() || (uintptr_t)workspace % 64) {
-      return fail(err, "workspace: expected " + std::to_string(plan.bytes()) + " bytes aligned to 64, got " +
-                           std::to_string(workspace_bytes));
+      return fail(err, "workspace: expected " + std::to_string(plan.bytes()) +
+                           " bytes aligned to 64, got " + std::to_string(workspace_bytes));
     }
     if (elements(*x) == 0) return 0;
     if (op_seconds && plan.teams > 1)
@@ -118,7 +122,8 @@ int evit_load(const char* path, evit_model** model, char* err) {
   });
 }
 
-int evit_load_memory(const char* program, const void* blob, size_t blob_bytes, evit_model** model, char* err) {
+int evit_load_memory(const char* program, const void* blob, size_t blob_bytes, evit_model** model,
+                     char* err) {
   return guarded(err, [&] {
     auto m = std::make_unique<evit_model>();
     std::string error;
@@ -147,7 +152,8 @@ int evit_output_shape(const evit_model* model, int64_t B, int64_t H, int64_t W, 
   return 4;
 }
 
-int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int64_t W, int threads) {
+int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int64_t W,
+                             int threads) {
   std::string error;
   const evit::cpu::Kernels* k = evit::kernels(&error);
   evit::Plan plan;
@@ -155,8 +161,8 @@ int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int6
   return (int64_t)plan.bytes();
 }
 
-int evit_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace, size_t workspace_bytes,
-             int threads, char* err) {
+int evit_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
+             size_t workspace_bytes, int threads, char* err) {
   return evit::timed_run(model, x, y, workspace, workspace_bytes, threads, nullptr, err);
 }
 

@@ -14,21 +14,27 @@ size_t align16(size_t floats) { return (floats + 15) / 16 * 16; }
 
 size_t op_scratch(const cpu::Kernels& k, const Op& op, int B, MapSize in, int team) {
   switch (op.kind) {
-    case OpKind::kStem: return k.stem_scratch(op.stem(), in.H, in.W, team);
-    case OpKind::kDwFfn: return k.dw_ffn_scratch(op.dw_ffn(), B, in.H, in.W, team);
-    case OpKind::kCga: return k.cga_scratch(op.cga(), B, in.H, in.W, team);
-    case OpKind::kPatchMerge: return k.patch_merge_scratch(op.patch_merge(), B, in.H, in.W, team);
-    case OpKind::kClassifier: return k.classifier_scratch(op.classifier(), B, in.H, in.W, team);
+    case OpKind::kStem:
+      return k.stem_scratch(op.stem(), in.H, in.W, team);
+    case OpKind::kDwFfn:
+      return k.dw_ffn_scratch(op.dw_ffn(), B, in.H, in.W, team);
+    case OpKind::kCga:
+      return k.cga_scratch(op.cga(), B, in.H, in.W, team);
+    case OpKind::kPatchMerge:
+      return k.patch_merge_scratch(op.patch_merge(), B, in.H, in.W, team);
+    case OpKind::kClassifier:
+      return k.classifier_scratch(op.classifier(), B, in.H, in.W, team);
   }
   return 0;
 }
 
-// Images that go together. Large maps go one by one: sixteen of them (and their hidden activations) would leave the
-// L2 cache. Small ones share each read of the weights.
+// Images that go together. Large maps go one by one: sixteen of them (and their hidden activations)
+// would leave the L2 cache. Small ones share each read of the weights.
 int group_size(MapSize map, int max_chunk) {
   const long tokens = (long)map.H * map.W;
   if (tokens >= 128) return 1;
-  return std::max(1, std::min(max_chunk, (int)std::min<long>(kMaxGroup, 1024 / std::max(1L, tokens))));
+  return std::max(1,
+                  std::min(max_chunk, (int)std::min<long>(kMaxGroup, 1024 / std::max(1L, tokens))));
 }
 
 double seconds() {
@@ -48,10 +54,12 @@ struct Run {
 
   int chunk_start(int c) const { return (int)((int64_t)x.sizes[0] * c / plan.chunks); }
   void chunk(int c, float* arena, Team team);
-  void op(int i, int images, const float* in, float* out, int first_image, float* scratch, Team team);
+  void op(int i, int images, const float* in, float* out, int first_image, float* scratch,
+          Team team);
 };
 
-void Run::op(int i, int images, const float* in, float* out, int first_image, float* scratch, Team team) {
+void Run::op(int i, int images, const float* in, float* out, int first_image, float* scratch,
+             Team team) {
   const BoundOp& b = m.ops[i];
   const MapSize s = plan.sizes[i];
   const cpu::MapIo io{in, out, images, s.H, s.W, scratch, team};
@@ -64,15 +72,23 @@ void Run::op(int i, int images, const float* in, float* out, int first_image, fl
         const void* image = pixels ? (const void*)((const uint8_t*)x.data + at)
                                    : (const void*)((const float*)x.data + at);
         k.stem(b.op.stem(), b.stem,
-               {image, pixels ? cpu::PixelType::kUint8 : cpu::PixelType::kFloat32, st[1], st[2], st[3],
-                out + n * plan.sizes[i + 1].floats(), s.H, s.W, scratch, team});
+               {image, pixels ? cpu::PixelType::kUint8 : cpu::PixelType::kFloat32, st[1], st[2],
+                st[3], out + n * plan.sizes[i + 1].floats(), s.H, s.W, scratch, team});
       }
       break;
     }
-    case OpKind::kDwFfn: k.dw_ffn(b.op.dw_ffn(), b.dw_ffn, io); break;
-    case OpKind::kCga: k.cga(b.op.cga(), b.cga, io); break;
-    case OpKind::kPatchMerge: k.patch_merge(b.op.patch_merge(), b.patch_merge, io); break;
-    case OpKind::kClassifier: k.classifier(b.op.classifier(), b.classifier, io); break;
+    case OpKind::kDwFfn:
+      k.dw_ffn(b.op.dw_ffn(), b.dw_ffn, io);
+      break;
+    case OpKind::kCga:
+      k.cga(b.op.cga(), b.cga, io);
+      break;
+    case OpKind::kPatchMerge:
+      k.patch_merge(b.op.patch_merge(), b.patch_merge, io);
+      break;
+    case OpKind::kClassifier:
+      k.classifier(b.op.classifier(), b.classifier, io);
+      break;
   }
   team.sync();
 }
@@ -110,7 +126,8 @@ void run_rank(void* ctx, int rank, int size) {
       if (rank > 0) return;
       size = 1;
     }
-    for (int c = 0; c < run.plan.chunks; c++) run.chunk(c, run.workspace, {rank, size, &run.barrier});
+    for (int c = 0; c < run.plan.chunks; c++)
+      run.chunk(c, run.workspace, {rank, size, &run.barrier});
     return;
   }
   float* arena = run.workspace + rank * run.plan.arena;
@@ -120,11 +137,13 @@ void run_rank(void* ctx, int rank, int size) {
 
 }  // namespace
 
-bool model_bind(const std::string& program, const void* blob, size_t blob_bytes, Model* m, std::string* error) {
+bool model_bind(const std::string& program, const void* blob, size_t blob_bytes, Model* m,
+                std::string* error) {
   std::vector<Op> ops;
   if (!parse_program(program, (int64_t)blob_bytes, &ops, error)) return false;
   if (ops.size() > (size_t)kMaxOps) {
-    *error = "program: " + std::to_string(ops.size()) + " lines, expected at most " + std::to_string(kMaxOps);
+    *error = "program: " + std::to_string(ops.size()) + " lines, expected at most " +
+             std::to_string(kMaxOps);
     return false;
   }
   if ((uintptr_t)blob % 64) {
@@ -136,17 +155,28 @@ bool model_bind(const std::string& program, const void* blob, size_t blob_bytes,
   int first = 0;
   for (size_t i = 0; i < ops.size(); i++) {
     if (ops[i].dtype != DType::kFloat32) {
-      *error = "program line " + std::to_string(i + 1) + ": the cpu column runs float32, this op is " +
-               dtype_name(ops[i].dtype) + "; use the reference column";
+      *error = "program line " + std::to_string(i + 1) +
+               ": the cpu column runs float32, this op is " + dtype_name(ops[i].dtype) +
+               "; use the reference column";
       return false;
     }
     BoundOp b{ops[i], {}, {}, {}, {}, {}};
     switch (b.op.kind) {
-      case OpKind::kStem: bind_weights(b.op, blob, &b.stem); break;
-      case OpKind::kDwFfn: bind_weights(b.op, blob, &b.dw_ffn); break;
-      case OpKind::kCga: bind_weights(b.op, blob, &b.cga); break;
-      case OpKind::kPatchMerge: bind_weights(b.op, blob, &b.patch_merge); break;
-      case OpKind::kClassifier: bind_weights(b.op, blob, &b.classifier); break;
+      case OpKind::kStem:
+        bind_weights(b.op, blob, &b.stem);
+        break;
+      case OpKind::kDwFfn:
+        bind_weights(b.op, blob, &b.dw_ffn);
+        break;
+      case OpKind::kCga:
+        bind_weights(b.op, blob, &b.cga);
+        break;
+      case OpKind::kPatchMerge:
+        bind_weights(b.op, blob, &b.patch_merge);
+        break;
+      case OpKind::kClassifier:
+        bind_weights(b.op, blob, &b.classifier);
+        break;
     }
     m->ops.push_back(std::move(b));
     if (m->segments.size() == (size_t)kMaxSegments) {
@@ -166,13 +196,17 @@ MapSize op_output(const Op& op, MapSize in) {
     case OpKind::kStem:
       for (int i = 0; i < 4; i++) in.H = halved(in.H), in.W = halved(in.W);
       return {in.H, in.W, op.C};
-    case OpKind::kPatchMerge: return {halved(in.H), halved(in.W), op.CO};
-    case OpKind::kClassifier: return {1, 1, op.N > 0 ? op.N : op.C};
-    default: return in;
+    case OpKind::kPatchMerge:
+      return {halved(in.H), halved(in.W), op.CO};
+    case OpKind::kClassifier:
+      return {1, 1, op.N > 0 ? op.N : op.C};
+    default:
+      return in;
   }
 }
 
-bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int64_t W, int threads, Plan* plan) {
+bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int64_t W, int threads,
+               Plan* plan) {
   if (B < 0 || B > (1 << 30) || H < 1 || W < 1 || H > kMaxSide || W > kMaxSide || threads < 1 ||
       threads > kMaxThreads)
     return false;
@@ -185,7 +219,8 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
   plan->max_chunk = (int)((B + plan->chunks - 1) / plan->chunks);
 
   plan->sizes[0] = {(int)H, (int)W, m.input_channels()};
-  for (size_t i = 0; i < m.ops.size(); i++) plan->sizes[i + 1] = op_output(m.ops[i].op, plan->sizes[i]);
+  for (size_t i = 0; i < m.ops.size(); i++)
+    plan->sizes[i + 1] = op_output(m.ops[i].op, plan->sizes[i]);
 
   size_t side = 0, scratch = 0, at = 0;
   for (size_t s = 0; s < m.segments.size(); s++) {
@@ -198,7 +233,8 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
     if (seg.first > 0) at += align16(plan->max_chunk * plan->sizes[seg.first].floats());
     for (int i = seg.first; i < seg.last; i++) {
       if (i + 1 < seg.last) side = std::max(side, group * plan->sizes[i + 1].floats());
-      // A pool that gives fewer threads leaves the caller alone: scratch for a team of one must fit as well.
+      // A pool that gives fewer threads leaves the caller alone: scratch for a team of one must fit
+      // as well.
       for (const int team : {1, plan->team})
         scratch = std::max(scratch, op_scratch(k, m.ops[i].op, group, plan->sizes[i], team));
     }
@@ -210,8 +246,8 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
   return true;
 }
 
-void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x, float* y,
-              float* workspace, double* op_seconds) {
+void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x,
+              float* y, float* workspace, double* op_seconds) {
   Run run{m, k, plan, x, y, workspace, op_seconds};
   pool_run(plan.team > 1 ? plan.team : plan.teams, run_rank, &run);
 }

@@ -11,7 +11,7 @@
 
 namespace evit {
 
-constexpr int kMaxGroup = 16;       // images that go through an op together, at most
+constexpr int kMaxGroup = 16;        // images that go through an op together, at most
 constexpr int64_t kMaxSide = 16384;  // pixels or tokens
 
 struct BoundOp {
@@ -42,16 +42,17 @@ struct Model {
   bool pooled() const { return ops.back().op.kind == OpKind::kClassifier; }
 };
 
-bool model_bind(const std::string& program, const void* blob, size_t blob_bytes, Model* m, std::string* error);
+bool model_bind(const std::string& program, const void* blob, size_t blob_bytes, Model* m,
+                std::string* error);
 
 // Size of the map behind op, for a map of size `in` before it. A classifier gives {1, 1, N or C}.
 MapSize op_output(const Op& op, MapSize in);
 
-constexpr int kMaxOps = 512;      // lines of a program
+constexpr int kMaxOps = 512;  // lines of a program
 constexpr int kMaxSegments = 64;
 
-// How one call is cut: `teams` arenas, each takes chunks of images through the whole program by itself; or, with fewer
-// images than threads, one team of all threads works inside the ops.
+// How one call is cut: `teams` arenas, each takes chunks of images through the whole program by
+// itself; or, with fewer images than threads, one team of all threads works inside the ops.
 struct Plan {
   int team;                       // ranks of a team
   int teams;                      // arenas
@@ -59,19 +60,21 @@ struct Plan {
   int max_chunk;                  // images
   MapSize sizes[kMaxOps + 1];     // before op i; one more for the output
   int groups[kMaxSegments];       // images at a time, per segment
-  size_t boundary[kMaxSegments];  // offset of a segment's input in an arena, in floats (unused for the first)
+  size_t boundary[kMaxSegments];  // offset of a segment's input in an arena, in floats (unused for
+                                  // the first)
   size_t ping, pong, scratch;     // offsets in an arena, in floats
   size_t arena;                   // floats
   size_t bytes() const { return arena * teams * sizeof(float); }
 };
 
 // False when the sizes are out of range.
-bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int64_t W, int threads, Plan* plan);
+bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int64_t W, int threads,
+               Plan* plan);
 
-// x, y and the workspace have been checked against the plan. op_seconds (null: off) gets the seconds of every op added,
-// all images together; only for a plan of one arena.
-void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x, float* y, float* workspace,
-              double* op_seconds = nullptr);
+// x, y and the workspace have been checked against the plan. op_seconds (null: off) gets the
+// seconds of every op added, all images together; only for a plan of one arena.
+void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x,
+              float* y, float* workspace, double* op_seconds = nullptr);
 
 }  // namespace evit
 
@@ -85,7 +88,7 @@ struct evit_model {
 namespace evit {
 
 // evit_run that also adds up the seconds of every op (op_seconds: one entry per line, or null).
-int timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace, size_t workspace_bytes,
-              int threads, double* op_seconds, char* err);
+int timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
+              size_t workspace_bytes, int threads, double* op_seconds, char* err);
 
 }  // namespace evit

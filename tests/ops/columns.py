@@ -1,4 +1,7 @@
-"""Running one op, or a program, in every native column: forced instruction sets, poisoned buffers, canaries."""
+"""Running one op, or a program, in every native column.
+
+Instruction sets are forced; output and workspace start as NaN, with canaries on both sides.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from evit_fast import _native, ops
 from evit_fast.ops.line import LineShape, pack
+from evit_fast.program import map_arrays
 from tests.close import assert_close, budget, relative_error
 
 ISAS = tuple(_native.isas())
@@ -74,18 +78,16 @@ def run(program: str, blob: Tensor, x: Tensor, threads: int = 1, shift: int = 0)
 
 
 def oracle(shape: LineShape, weights: NamedTuple, x: Tensor) -> tuple[Tensor, float]:
-    """The float64 reference, and the relative error that the float32 reference has on the same input."""
+    """The float64 reference, and the relative error of the float32 reference on the same input."""
     op = ops.OPS[shape.op]
     wide = x if x.dtype == torch.uint8 else x.double()
     want = op.reference(wide, weights, shape)
-    from evit_fast.program import map_arrays
-
     single = op.reference(x, map_arrays(weights, lambda t: t.float()), shape)
     return want, relative_error(single, want)
 
 
 def check_op(isa: str, shape: LineShape, weights: NamedTuple, x: Tensor) -> None:
-    """One op in one instruction set: right, misaligned, repeated, in a team, alone or in a batch."""
+    """One op in one instruction set: right; the same bits misaligned, in a team, and alone."""
     want, single = oracle(shape, weights, x)
     program, blob = blob_of(shape, weights)
     with instruction_set(isa):

@@ -1,4 +1,7 @@
-"""classifier in every instruction set against the float64 reference; class counts that are no multiple of a panel."""
+"""classifier in every instruction set against the float64 reference.
+
+Also class counts that are no multiple of a panel of 16.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ def params() -> list:
         for size in MAPS:
             H, W = size or (case.side, case.side)
             for isa in ISAS:
-                found.append(pytest.param(case, H, W, isa, id=f"classifier-{case.name}-{H}x{W}-{isa}-f32"))
+                found.append(
+                    pytest.param(case, H, W, isa, id=f"classifier-{case.name}-{H}x{W}-{isa}-f32")
+                )
     return found
 
 

@@ -9,7 +9,8 @@ from evit_fast.ops import dw_ffn
 from tests.ops.columns import ISAS, blob_of, check_op, instruction_set, run
 from tests.ops.eager import Case, cases
 
-# Beside the block's own map: one token, odd sides, one token over a tile, a row longer than the register tile.
+# Beside the block's own map: one token, odd sides, one token over a tile, a row longer than the
+# register tile.
 MAPS = (None, (1, 1), (13, 9), (1, 15), (3, 31))
 
 
@@ -19,7 +20,9 @@ def params() -> list:
         for size in MAPS:
             H, W = size or (case.side, case.side)
             for isa in ISAS:
-                found.append(pytest.param(case, H, W, isa, id=f"dw_ffn-{case.name}-{H}x{W}-{isa}-f32"))
+                found.append(
+                    pytest.param(case, H, W, isa, id=f"dw_ffn-{case.name}-{H}x{W}-{isa}-f32")
+                )
     return found
 
 
@@ -31,10 +34,13 @@ def test_equals_reference(case: Case, H: int, W: int, isa: str):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("C,F", [(16, 16), (48, 80), (112, 224), (16, 400), (208, 64)])
 def test_any_width(C: int, F: int, isa: str):
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
     s = dw_ffn.Shape(C, F)
     w = dw_ffn.Weights(
-        torch.randn(C, 3, 3).double() / 3, torch.randn(C).double(), torch.randn(F, C).double() / C**0.5,
-        torch.randn(F).double(), torch.randn(C, F).double() / F**0.5, torch.randn(C).double(),
+        normal(C, 3, 3) / 3, normal(C), normal(F, C) / C**0.5, normal(F), normal(C, F) / F**0.5,
+        normal(C),
     )  # fmt: skip
     check_op(isa, s, w, torch.randn(3, 5, 6, C))
 

@@ -1,4 +1,4 @@
-"""patch_merge in every instruction set against the float64 reference, at every shape of M0 .. M5."""
+"""patch_merge in every instruction set against the float64 reference, at every shape of M0..M5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from evit_fast.ops import patch_merge
 from tests.ops.columns import ISAS, check_op
 from tests.ops.eager import Case, cases
 
-# Beside the merge's own map: one token (its stride-2 window lies mostly outside), even and odd sides, long rows.
+# Beside the merge's own map: one token (its stride-2 window lies mostly outside), even and odd
+# sides, long rows.
 MAPS = (None, (1, 1), (2, 2), (13, 9), (1, 30), (6, 33))
 
 
