@@ -269,9 +269,8 @@ _library.define(
     "no_backward(Tensor grad, SymInt[] size, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-for _device in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _device)
-    _library.impl("no_backward", _no_backward, _device)
+_library.impl("forward", _forward, "CompositeExplicitAutograd")  # any device and layout
+_library.impl("no_backward", _no_backward, "CompositeExplicitAutograd")
 _library.impl("forward", _autograd, "Autograd")
 torch.library.register_fake("evit_fast::forward", _fake, lib=_library)
 torch.library.register_fake("evit_fast::no_backward", _no_backward_fake, lib=_library)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ class Fused:
         through `.data` or
         numpy, `p.data = ...`, or by a fused optimiser while in evaluation."""
         with _lock:
-            self._watch.flatten(self)
+            self._watch.share(self)
             self._folded = self._fold()
 
     def train(self, mode: bool = True):
@@ -106,23 +107,23 @@ class Fused:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._watch = Watch()
-        self._renew(own=True)
+        self._renew()
 
     def _start(self, options: Options) -> None:
         self.options = options
         self._watch = Watch()
         self.register_load_state_dict_post_hook(_after_load)
-        self._renew(own=True)
+        self._renew()
 
-    def _renew(self, own: bool = False) -> None:
-        """After what may have changed or moved the weights. own: see Watch.flatten."""
+    def _renew(self) -> None:
+        """After whatever may have changed or moved the weights."""
         if "_watch" not in self.__dict__:  # while the eager model is being built
             return
         with _lock:
             self._folded = None
             if self.training or any(p.is_meta for p in self.parameters()):
                 return  # folded when evaluation begins, or at the first forward
-            self._watch.flatten(self, own)
+            self._watch.share(self)
             self._folded = self._fold()
 
     def _fresh(self) -> Folded:
@@ -146,7 +147,8 @@ class Fused:
         seen = self._watch.look(
             self
         )  # before reading: what is written meanwhile shows at the next look
-        with torch.inference_mode(False), torch.no_grad():
+        # NaN comes out where eager has it, without a word from numpy.
+        with torch.inference_mode(False), torch.no_grad(), np.errstate(all="ignore"):
             ops = fold(self, self.config.mean, self.config.std)
             if isinstance(self, EfficientVitFeatures) and ops[-1][0].op == "classifier":
                 del ops[-1]
@@ -304,7 +306,7 @@ def accelerate(
 
 
 def _after_load(module: Fused, incompatible: Any) -> None:
-    module._renew(own=True)
+    module._renew()
 
 
 def _planar(y: Tensor) -> Tensor:

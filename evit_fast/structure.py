@@ -65,7 +65,7 @@ def replica(model: nn.Module) -> EfficientVit | EfficientVitFeatures:
     _copy_settings(model, ours)
     full = getattr(model, "config", None)
     if isinstance(full, Config):  # a shortened model keeps the variant that it was cut from
-        ours.config = full
+        ours.config = dataclasses.replace(full, **_preprocessing(model))
     return ours.eval()
 
 

@@ -1,10 +1,19 @@
-"""Tells, in about a microsecond, whether any weight of a module changed since the last look.
- Every floating parameter and buffer is a view of one flat tensor per dtype and device; views share
-their base's version counter, so that one comparison sees every in-place change: under no_grad,
-through a detached alias, by an optimiser. Replaced tensors are seen by the modules' own
-dictionaries, which are exchanged for ones that count writes.
- Not seen, because torch counts no version for them: writes through `.data` or numpy, fused
+"""Tells, in a quarter of a microsecond, whether any weight of a module changed since the last look.
+
+Every floating parameter and buffer shares one version counter per dtype and device, so that one
+comparison sees every in-place change: under no_grad, through a detached alias, by an optimiser.
+Replaced tensors are seen by the modules' own dictionaries, which are exchanged for ones that count
+writes.
+
+Not seen, because torch counts no version for them: writes through `.data` or numpy, fused
 optimisers, `p.data = ...`, swap_tensors from outside.
+
+A counter is shared by being a view: an empty tensor is the base, and each weight becomes a view of
+it that is then set to the weight's own storage. So nothing is copied, and what is saved, pickled or
+moved is an ordinary tensor. A view of one flat tensor would share the counter too, but pickle
+writes the whole storage once per tensor. The price of either: autograd's check of saved tensors
+takes the weights for one, so that a weight updated between a forward and its backward (an optimiser
+inside the backward) makes that backward raise.
 """
 
 from __future__ import annotations
@@ -17,7 +26,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-ALIGNMENT = 16  # elements: every view starts on a 64-byte line of a float32 flat
 DICTIONARIES = ("_parameters", "_buffers", "_modules")
 
 
@@ -93,7 +101,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._writes = _Writes()
-        self._flats: list[torch.Tensor] = []
+        self._bases: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+        self._held: dict[int, torch.Tensor] = {}  # the weights whose counter is ours, by id
         _watches.add(self)
 
     def changed(self, seen: Seen) -> bool:
@@ -106,54 +115,47 @@ class Watch:
         return False
 
     def look(self, module: nn.Module) -> Seen:
-        """Notes every weight's version. Weights on no flat are compared one by one from then on."""
+        """Notes every weight's version; one by one those that do not share a counter."""
         writes = self._writes.count
         self._listen(module)
         weights = _weights(module)
-        off = [t for t in weights if not _on_one_of(t, self._flats)]
+        shared = self._sharing(weights)
+        off = [t for t in weights if id(t) not in shared]
         if any(t.is_inference() for t in off):
             writes = -1  # such a tensor counts no versions, hence is always taken for changed
             off = [t for t in off if not t.is_inference()]
-        flats = self._flats if len(off) < len(weights) else []
-        return Seen(writes, [(t, t._version) for t in (*flats, *off)])
+        used = {id(base): base for base in shared.values()}
+        return Seen(writes, [(t, t._version) for t in (*used.values(), *off)])
 
-    def flatten(self, module: nn.Module, own: bool = False) -> None:
-        """Moves the weights onto flat tensors; their identity, and so every optimiser's hold on
-        them, stays.
+    def share(self, module: nn.Module) -> None:
+        """Gives the weights one counter; their identity, and so every optimiser's hold on them,
+        stays.
 
-        own=False leaves a tensor alone that is part of a larger storage: someone may have put it
-        there. Also left alone are the weights of another watched module, tensors of a subclass, and
-        those that a live graph holds: they are watched one by one.
+        Left alone, and watched one by one: weights of another watched module, parts of a larger
+        storage (someone may write to that), subclasses, what has hooks, what a live graph holds.
         """
+        others = {id(t) for w in list(_watches) if w is not self for t in w._held.values()}
         with torch.inference_mode(False), torch.no_grad():
-            groups: dict[tuple, list[torch.Tensor]] = {}
-            for t in _weights(module):
-                groups.setdefault((t.dtype, t.device), []).append(t)
-            kept: list[torch.Tensor] = []
-            for group in groups.values():
-                flat = next((f for f in self._flats if all(_on(t, f) for t in group)), None)
-                kept.append(
-                    _new_flat(self._movable(group, own), group[0]) if flat is None else flat
-                )
-            self._flats = [flat for flat in kept if flat.numel()]
+            weights = [t for t in _weights(module) if id(t) not in others]
+            shared = self._sharing(weights)
+            for t in weights:
+                if id(t) not in shared and _movable(t):
+                    key = (t.dtype, t.device)
+                    if key not in self._bases:
+                        self._bases[key] = torch.empty(0, dtype=t.dtype, device=t.device)
+                    _join(t, self._bases[key])
+        self._held = {id(t): t for t in weights}
 
-    def _movable(self, group: list[torch.Tensor], own: bool) -> list[torch.Tensor]:
-        mine = {f.untyped_storage().data_ptr() for f in self._flats}
-        others = {
-            f.untyped_storage().data_ptr()
-            for watch in list(_watches)
-            if watch is not self
-            for f in watch._flats
-        }
-        return [
-            t
-            for t in group
-            if (start := t.untyped_storage().data_ptr()) not in others
-            and (own or start in mine or _alone(t))
-            and type(t) in (nn.Parameter, torch.Tensor)
-            and not t._backward_hooks
-            and not getattr(t, "_post_accumulate_grad_hooks", None)
-        ]
+    def _sharing(self, weights: list[torch.Tensor]) -> dict[int, torch.Tensor]:
+        """id of a weight -> the base whose counter it shares."""
+        found = [(t, base) for t in weights if (base := self._same(t)) is not None]
+        for base in self._bases.values():
+            torch.autograd.graph.increment_version(base)
+        return {id(t): base for t, base in found if self._same(t) is base}
+
+    def _same(self, t: torch.Tensor) -> torch.Tensor | None:
+        base = None if t.is_inference() else self._bases.get((t.dtype, t.device))
+        return base if base is not None and base._version == t._version else None
 
     def _listen(self, module: nn.Module) -> None:
         for m in module.modules():
@@ -179,52 +181,29 @@ def _weights(module: nn.Module) -> list[torch.Tensor]:
     return list({id(t): t for t in each() if t is not None and t.is_floating_point()}.values())
 
 
-def _on_one_of(t: torch.Tensor, flats: list[torch.Tensor]) -> bool:
-    return any(_on(t, flat) for flat in flats)
-
-
-def _on(t: torch.Tensor, flat: torch.Tensor) -> bool:
-    """t is a view of flat and shares its version counter (a view of its memory alone need not)."""
-    if t.is_inference() or t.dtype != flat.dtype or t.device != flat.device:
-        return False
-    if t.untyped_storage().data_ptr() != flat.untyped_storage().data_ptr():
-        return False
-    if t._version != flat._version:
-        return False
-    torch.autograd.graph.increment_version(flat)
-    return t._version == flat._version
-
-
-def _new_flat(movable: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """A flat tensor that holds the values of `movable`, each of which becomes a view of it."""
-    offsets, size = [], 0
-    for t in movable:
-        offsets.append(size)
-        size += -(-t.numel() // ALIGNMENT) * ALIGNMENT
-    flat = torch.zeros(size, dtype=like.dtype, device=like.device)
-    for t, at in zip(movable, offsets, strict=True):
-        dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
-        stride = t.stride() if dense else torch.empty(t.shape, device="meta").stride()
-        view = flat.as_strided(t.shape, stride, at).copy_(t)
-        _exchange(t, view)
-    return flat
-
-
-def _exchange(t: torch.Tensor, view: torch.Tensor) -> None:
-    """Makes t the view, keeping the Python object; leaves t alone where torch cannot."""
-    grad, requires = t.grad if t.is_leaf else None, t.requires_grad
-    new = (
-        nn.Parameter(view, requires_grad=requires) if isinstance(t, nn.Parameter) else view.detach()
+def _movable(t: torch.Tensor) -> bool:
+    return (
+        type(t) in (nn.Parameter, torch.Tensor)
+        and t.is_leaf
+        and not t._backward_hooks
+        and not getattr(t, "_post_accumulate_grad_hooks", None)
+        and t.untyped_storage().nbytes() == t.numel() * t.element_size()
     )
+
+
+def _join(t: torch.Tensor, base: torch.Tensor) -> None:
+    """Lets t share the base's counter, in place; leaves t alone where torch cannot."""
+    view = base.view(0).set_(t.clone() if t.is_inference() else t.detach())
+    new: torch.Tensor
+    if isinstance(t, nn.Parameter):
+        new = nn.Parameter(view, requires_grad=t.requires_grad)
+    else:
+        new = torch.Tensor._make_subclass(torch.Tensor, view, t.requires_grad)
+    grad = t.grad
     del view
     try:
         torch.utils.swap_tensors(t, new)
-    except RuntimeError:  # a live graph, or a weak reference
+    except RuntimeError:  # a graph holds it, or a weak reference
         return
     if grad is not None:
         t.grad = grad
-
-
-def _alone(t: torch.Tensor) -> bool:
-    """t fills its storage: nobody else's tensors lie in it."""
-    return t.untyped_storage().nbytes() == t.numel() * t.element_size()
