@@ -21,7 +21,7 @@ def program(tmp_path_factory) -> Path:
     warnings = ("-std=c11", "-O1", "-Wall", "-Wextra", "-Werror")
     source = ROOT / "tests/native/capi_test.c"
     run("gcc", *warnings, "-I", ROOT / "csrc/include", "-c", source, "-o", out / "main.o")
-    wrap = "-Wl,--wrap=malloc,--wrap=_Znwm"
+    wrap = "-Wl,--wrap=malloc,--wrap=_Znwm,--wrap=_Znam"
     library = TREE / "libevit_fast.a"
     run("g++", wrap, out / "main.o", library, "-pthread", "-ldl", "-o", out / "classify")
     return out / "classify"

@@ -8,10 +8,12 @@
 
 /* The linker sends every allocation of the program and the library here (--wrap). */
 static long allocations;
-void* __real_malloc(size_t bytes);
-void* __real__Znwm(size_t bytes);
-void* __wrap_malloc(size_t bytes) { return allocations++, __real_malloc(bytes); }
-void* __wrap__Znwm(size_t bytes) { return allocations++, __real__Znwm(bytes); }
+#define COUNTED(name)            \
+  void* __real_##name(size_t n); \
+  void* __wrap_##name(size_t n) { return allocations++, __real_##name(n); }
+COUNTED(malloc)
+COUNTED(_Znwm) /* operator new */
+COUNTED(_Znam) /* operator new[] */
 
 static void* aligned(size_t bytes) {
   void* p = aligned_alloc(64, (bytes + 63) / 64 * 64);
