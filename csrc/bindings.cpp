@@ -12,6 +12,7 @@
 #include "common/grammar.h"
 #include "common/layout.h"
 #include "evit_fast.h"
+#include "runtime/ceilings.h"
 #include "runtime/dispatch.h"
 #include "runtime/model.h"
 
@@ -228,6 +229,19 @@ uint32_t crc32(const py::buffer& data, uint32_t seed) {
   return evit::crc32(seed, info.ptr, bytes);
 }
 
+py::tuple ceiling(const std::string& loop, const std::string& isa, int64_t steps, uintptr_t buffer,
+                  size_t bytes) {
+  evit::CeilingTime time;
+  std::string error;
+  bool ok;
+  {
+    py::gil_scoped_release release;
+    ok = evit::time_ceiling(loop, isa, steps, (void*)buffer, bytes, &time, &error);
+  }
+  if (!ok) value_error(error);
+  return py::make_tuple(time.seconds, time.amount, time.ops);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -247,6 +261,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_max_isa", &set_max_isa, py::arg("name") = py::none(),
         "Caps the instruction set; None lifts the cap.");
   m.def("describe", &describe, py::arg("program"), "What runs each line on this CPU.");
+  m.def("ceiling", &ceiling, py::arg("loop"), py::arg("isa"), py::arg("steps"),
+        py::arg("buffer") = 0, py::arg("nbytes") = 0,
+        "Times clock, fma, read or copy: (seconds; cycles, FLOPs or bytes; vector multiply-adds).");
   m.def("crc32", &crc32, py::arg("data"), py::arg("seed") = 0, "CRC-32 with zlib's polynomial.");
   py::class_<Model>(m, "Model")
       .def(py::init<const std::string&, uintptr_t, size_t>(), py::arg("program"), py::arg("ptr"),
