@@ -450,7 +450,7 @@ def test_explain(fast0: FastEfficientVit, m0: EfficientVit):
     assert [row.op for row in rows] == fast0._folded.program.split("\n")
     assert {row.column for row in rows} == {"cpu"} and {row.dtype for row in rows} == {"float32"}
     assert table[0].split() == [field.name for field in dataclasses.fields(rows[0])]
-    assert len({line.index(row.column, len(row.op)) for line, row in zip(table[1:], rows)}) == 1
+    assert len({line.index(row.column, len(row.op)) for line, row in zip(table[1:], rows, strict=True)}) == 1
     row = evit_fast.explain(evit_fast.accelerate(m0, backend="reference"))[0]
     assert row.column == "reference" and "asked for" in row.reason
     with pytest.raises(ValueError, match="training"):

@@ -17,17 +17,20 @@ from torch import Tensor, nn
 
 import evit_fast
 from evit_fast import watch
+from evit_fast.checkpoint import load_checkpoint
+from evit_fast.config import Config
 from evit_fast.fast import FastEfficientVit
-from evit_fast.model import create_model
+from evit_fast.model import EfficientVit
 from tests.close import assert_close, budget, relative_error
 from tests.randomize import randomize
 
 X = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+SMALL = Config("small", (64, 64, 64), (1, 1, 2), (4, 2, 4), (5, 3, 3, 1))
 CHANGED = 1e-3  # relative; rounding is below 1e-5
 
 
-def new(seed: int, **kwargs: object) -> nn.Module:
-    return randomize(create_model("m0", num_classes=5, **kwargs), seed=seed).eval()
+def new(seed: int) -> nn.Module:
+    return randomize(EfficientVit(SMALL, num_classes=5), seed=seed).eval()
 
 
 @pytest.fixture
@@ -336,7 +339,7 @@ def test_optimiser_survives_conversion(pair):
 
 
 def as_eager(fast: nn.Module) -> nn.Module:
-    twin = create_model("m0", num_classes=5).to(fast.head.linear.weight.dtype)
+    twin = new(0).to(fast.head.linear.weight.dtype)
     twin.load_state_dict(fast.state_dict())
     return twin.eval()
 
@@ -572,7 +575,8 @@ def test_weights_are_ordinary_tensors(tmp_path, pair):
     for k, v in load_file(tmp_path / "m.safetensors").items():
         assert torch.equal(v, twin.state_dict()[k])
     torch.save(fast.state_dict(), tmp_path / "m.pth")
-    again = create_model("m0", num_classes=5, checkpoint=tmp_path / "m.pth").eval()
+    again = new(2)
+    load_checkpoint(again, tmp_path / "m.pth")
     agree(again, twin)
     size = sum(t.nbytes for t in fast.state_dict().values())
     assert (
