@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from evit_fast import columns, container
 from evit_fast import program as programs
-from evit_fast.fast import Fused
 from evit_fast.options import Options
+
+if TYPE_CHECKING:
+    from evit_fast.fast import Fused
 
 
 class Program(nn.Module):
@@ -105,6 +107,9 @@ def save(
     classes: names of the classes, kept in the file. ValueError: not an accelerated model, or too
     few names.
     """
+    # load() comes this way too, and what it does not need would double the time it takes.
+    from evit_fast.fast import Fused
+
     if isinstance(model, Program):
         metadata = dict(model.metadata)
         program, blob = model.program, model.blob

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.native_build import compile_cpp, run
 
-SOURCES = ("container", "json", "crc32")
+SOURCES = ("container", "json", "crc32", "crc32_machine")
 
 
 def saved_file(blob: bytes, **changes: str) -> bytes:

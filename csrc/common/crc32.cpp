@@ -2,10 +2,11 @@
 
 #include <string.h>
 
+#include "common/crc32_machine.h"
+
 namespace evit {
 namespace {
 
-constexpr uint32_t kPolynomial = 0xEDB88320u;
 constexpr int kSlices = 16;
 
 // byte[i][b]: what byte b does to the checksum when i more bytes follow it.
@@ -17,7 +18,7 @@ constexpr Tables make_tables() {
   Tables t{};
   for (uint32_t b = 0; b < 256; b++) {
     uint32_t crc = b;
-    for (int bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (crc & 1 ? kPolynomial : 0);
+    for (int bit = 0; bit < 8; bit++) crc = (crc >> 1) ^ (crc & 1 ? kCrcPolynomial : 0);
     t.byte[0][b] = crc;
   }
   for (int i = 1; i < kSlices; i++) {
@@ -41,16 +42,20 @@ uint32_t four(uint32_t word, int after) {
 
 // Sixteen bytes a step by independent table look-ups: their latencies overlap, the dependent chain
 // is one look-up and four exclusive-ors a step.
-uint32_t crc32(uint32_t crc, const void* data, size_t bytes) {
-  const unsigned char* p = static_cast<const unsigned char*>(data);
-  crc = ~crc;
+uint32_t crc32_tables(uint32_t crc, const unsigned char* p, size_t bytes) {
   for (; bytes >= kSlices; bytes -= kSlices, p += kSlices) {
     uint32_t w[4];
     memcpy(w, p, sizeof w);  // little-endian machines only, as the file format
     crc = four(w[0] ^ crc, 15) ^ (four(w[1], 11) ^ four(w[2], 7) ^ four(w[3], 3));
   }
   for (; bytes > 0; bytes--, p++) crc = (crc >> 8) ^ kTables.byte[0][(crc ^ *p) & 255];
-  return ~crc;
+  return crc;
+}
+
+uint32_t crc32(uint32_t crc, const void* data, size_t bytes) {
+  static const bool machine = crc32_machine_has();
+  const unsigned char* p = static_cast<const unsigned char*>(data);
+  return ~(machine ? crc32_machine(~crc, p, bytes) : crc32_tables(~crc, p, bytes));
 }
 
 }  // namespace evit
