@@ -24,11 +24,11 @@ test: build .venv/old_timm/ready
 	@EVIT_FAST_OLD_TIMM=$(CURDIR)/.venv/old_timm $(DEV)/pytest -q -n 2 --import-mode=importlib tests
 
 demo: .venv/demo/ready
-	$(DEMO)/python $(PIP) --no-build-isolation --no-deps .
+	$(DEMO)/python $(PIP) --no-build-isolation --no-deps -e .
 	$(DEMO)/python -m evit_fast.demo
 
 bench: .venv/bench/ready
-	$(BENCH)/python $(PIP) --no-build-isolation --no-deps .
+	$(BENCH)/python $(PIP) --no-build-isolation --no-deps -e .
 	$(BENCH)/python -m evit_fast.bench.models
 
 lint: .venv/lint/ready
