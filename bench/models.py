@@ -1,9 +1,10 @@
 """Whole models, fused against their peers: one process each, alternating rounds, medians.
 
-    python -m evit_fast.bench.models --model m0..m5 --batch 1,16 --threads 1
-        --peers eager,folded,onnxruntime --rounds 15 --out profiles/results
+    evit-fast bench models --model m0..m5 --batch 1,16 --threads 1,2
+        --peers eager,folded,jit,compile,onnxruntime,openvino,litert --rounds 15 --out DIR
 
-Writes models-<machine>.csv and .json under --out, after every model, and prints the same rows.
+Writes models-<machine>.csv and .json under --out, after every model, prints the same rows, and
+draws models-<machine>*.png where matplotlib is installed.
 Weights are random (`weights.py`): speed does not depend on them, and every output is compared with
 float64 before a time counts.
 """
@@ -11,8 +12,10 @@ float64 before a time counts.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=at_least_one, default=15, help="rounds of each peer (15)")
     parser.add_argument("--round-ms", type=at_least_one, default=300, help="of one round (300)")
     parser.add_argument("--size", type=at_least_one, default=224, help="image side (224)")
+    parser.add_argument(
+        "--isa", choices=("scalar", "avx2", "avx512"), default="",
+        help="hold every peer to this instruction set; who cannot be is named (the machine's)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of weights and images (0)")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.add_argument(
@@ -108,7 +115,8 @@ def _progress(label: str, rounds: int) -> Any:
 
 def run(args: argparse.Namespace) -> int:
     """0: every peer measured or not installed; 1: one failed, was wrong or died."""
-    from evit_fast.bench import machine, report
+    from evit_fast.bench import ceilings, machine, plots, report
+    from evit_fast.bench.peers import expand
     from evit_fast.bench.runner import measure
 
     try:
@@ -116,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     peers = _peers(args.peers)
+    if args.isa:
+        os.environ["EVIT_FAST_MAX_ISA"] = args.isa  # before the native library is loaded
     stamp = {
         "machine": machine.describe(),
         "commit": machine.commit(),
@@ -125,36 +135,45 @@ def run(args: argparse.Namespace) -> int:
     table: list[Any] = []
     cells: list[dict[str, Any]] = []
     failed = False
+    cache = tempfile.TemporaryDirectory(prefix="evit_fast_bench_")
     _show(f"{stamp['machine']}; fused against {', '.join(peers[1:])}; commit {stamp['commit']}")
     for threads in args.threads:
         cpus = machine.cores(threads)
         pinned = f"pinned to {cpus}" if cpus else "not pinned"
         for batch in args.batch:
             for model in models:
-                results = measure(
-                    model, batch, threads, peers, rounds=args.rounds, round_s=args.round_ms / 1e3,
-                    size=args.size, seed=args.seed, cpus=cpus,
+                cell = measure(
+                    model, batch, threads, expand(peers, batch, threads), rounds=args.rounds, round_s=args.round_ms / 1e3,
+                    size=args.size, seed=args.seed, cpus=cpus, isa=args.isa, cache=cache.name,
                     progress=_progress(f"{model} batch {batch} threads {threads}", args.rounds),
                 )  # fmt: skip
-                failed |= any(r.problem and not r.missing for r in results)
-                cell = report.rows(
-                    results, model=model, batch=batch, threads=threads, size=args.size,
+                failed |= any(r.problem and not r.missing for r in cell.results)
+                new = report.rows(
+                    cell, model=model, batch=batch, threads=threads, size=args.size,
                     cost=cost(model, batch, args.size), stamp=stamp,
                 )  # fmt: skip
-                table += cell
+                table += new
+                limits = ceilings.combine(cell.ceilings) if cell.ceilings else {}
                 cells.append({
                     "model": model, "batch": batch, "threads": threads, "size": args.size,
-                    "cpus": cpus, "seed": args.seed,
-                    "rounds_us": {r.peer: [round(us, 1) for us in r.rounds] for r in results},
-                    "problems": {r.peer: r.problem for r in results if r.problem},
+                    "cpus": cpus, "seed": args.seed, "isa": args.isa, "ceilings": limits,
+                    "rounds_fma_gflops": [round(c["fma_gflops"], 2) for c in cell.ceilings],
+                    "rounds_us": {r.peer: [round(us, 1) for us in r.rounds] for r in cell.results},
+                    "problems": {r.peer: r.problem for r in cell.results if r.problem},
                 })  # fmt: skip
                 report.write_csv(stem.with_name(stem.name + ".csv"), table)
                 report.write_json(stem.with_name(stem.name + ".json"), {**stamp, "cells": cells})
                 if not args.json:
-                    print(report.screen(cell) + f"\n{pinned}\n", flush=True)
+                    limits_text = (
+                        ceilings.describe(limits) if limits else
+                        f"ceilings: not measured: {cell.ceilings_problem}"
+                    )  # fmt: skip
+                    print(f"{report.screen(new)}\n{limits_text}\n{pinned}\n", flush=True)
     if args.json:
         print(stem.with_name(stem.name + ".json").read_text(), end="")
-    _show(f"written: {stem}.csv and .json")
+    cache.cleanup()
+    pictures = plots.draw_models(stem.with_name(stem.name + ".csv"))
+    _show(f"written: {stem}.csv and .json{pictures}")
     return int(failed)
 
 

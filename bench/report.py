@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from evit_fast.bench.runner import Result, spread
+from evit_fast.bench.runner import Cell, Result, spread
 
 BEGIN, END = "<!-- bench:models -->", "<!-- /bench:models -->"
 PEER_TITLES = {"eager": "eager (timm)", "folded": "eager, folded", "onnxruntime": "ONNX Runtime"}
@@ -26,7 +27,8 @@ class Row:
     """One peer in one cell, as in the CSV. Empty text: not measured; `note` says why.
 
     us: median over the rounds of the time of a forward, us_p20 and us_p80 its spread. gflops, gbs:
-    floating-point operations and fewest bytes (`ops.cost`) over us. share: of the nearer ceiling.
+    floating-point operations and fewest bytes (`ops.cost`) over us. share: of the multiply-adds that
+    the cores did in the same rounds (fma_gflops), which is the nearer ceiling of a whole model.
     ratio_to_eager: eager's time over this one's; fused_ratio: this one's time over fused's, both
     medians of ratios of the same round.
     """
@@ -44,6 +46,7 @@ class Row:
     gflops: float | str
     gbs: float | str
     share: float | str
+    fma_gflops: float | str
     ratio_to_eager: float | str
     fused_ratio: float | str
     fused_ratio_p20: float | str
@@ -64,7 +67,7 @@ def _ratios(over: Result, under: Result | None) -> tuple[float | str, float | st
 
 
 def rows(
-    results: Sequence[Result],
+    cell: Cell,
     *,
     model: str,
     batch: int,
@@ -74,10 +77,12 @@ def rows(
     stamp: dict[str, str],
 ) -> list[Row]:
     """The rows of one cell; cost: (floating-point operations, bytes) of a forward."""
-    by_peer = {result.peer: result for result in results}
+    by_peer = {result.peer: result for result in cell.results}
+    fma = statistics.median(c["fma_gflops"] for c in cell.ceilings) if cell.ceilings else ""
     eager, fused = by_peer.get("eager"), by_peer.get("fused")
     made = []
-    for result in results:
+    for result in cell.results:
+        shares = cell.shares(result, cost[0]) if result.rounds else []
         timing: dict[str, Any] = dict.fromkeys(
             ("us", "us_p20", "us_p80", "images_per_s", "gflops", "gbs", "relative_error"), ""
         )
@@ -95,7 +100,9 @@ def rows(
         ratio, low, high = _ratios(result, fused)
         made.append(Row(
             op=model, shape=f"{batch}x3x{size}x{size}", dtype="float32", column=result.peer,
-            kernel=result.kernel, threads=threads, share="",
+            kernel=result.kernel, threads=threads,
+            share=round(statistics.median(shares), 4) if shares else "",
+            fma_gflops=round(fma, 2) if fma else "",
             ratio_to_eager=_ratios(eager, result)[0] if eager else "",
             fused_ratio=ratio, fused_ratio_p20=low, fused_ratio_p80=high,
             rounds=len(result.rounds), note=result.problem, **timing, **stamp,
@@ -116,7 +123,19 @@ def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-COLUMNS = ("peer", "kernel", "ms", "p20", "p80", "images/s", "GFLOP/s", "error", "fused is", "")
+COLUMNS = (
+    "peer",
+    "kernel",
+    "ms",
+    "p20",
+    "p80",
+    "images/s",
+    "GFLOP/s",
+    "of FMA",
+    "error",
+    "fused is",
+    "",
+)
 
 
 def screen(table: Sequence[Row]) -> str:
@@ -135,7 +154,7 @@ def screen(table: Sequence[Row]) -> str:
             )
         lines.append((
             row.column, row.kernel, *ms, f"{row.images_per_s:.1f}", f"{row.gflops:.1f}",
-            row.relative_error, *ratio,
+            f"{row.share:.0%}" if row.share != "" else "?", row.relative_error, *ratio,
         ))  # fmt: skip
     whole = [line for line in lines if len(line) == len(COLUMNS)]
     widths = [max(len(line[i]) for line in whole) for i in range(len(COLUMNS))]

@@ -1,7 +1,9 @@
 """Measures the peers of one cell (model, batch, threads): one process each, rounds alternating.
 
 Processes stay loaded and take turns, so that a slow minute of the machine hits all of them; ratios
-are taken round by round. Each starts with a check against float64, before any time counts.
+are taken round by round. Each starts with a check against float64, before any time counts. One more
+process measures the ceilings in every round (`ceilings.py`): shares are of what the machine gave
+then.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evit_fast.bench.peers import PEERS, Job
+from evit_fast.bench.peers import PEERS, Job, environment
 
 START_S = 900  # building, compiling, checking
 ROUND_S = 120
@@ -26,7 +28,8 @@ MAX_REPEATS = 1000
 # Of a peer; `fused` has the project's own: the larger of 1e-5 and twice eager's error.
 PEER_BOUND, FUSED_BOUND = 1e-4, 1e-5
 COMMAND = "from evit_fast.bench.worker import main; main()"
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+CEILINGS = "from evit_fast.bench.ceilings import serve; serve()"
+BANDWIDTH_ROUNDS = 3  # the multiply-adds are measured in every round, the bandwidths in the first
 
 
 @dataclass
@@ -39,6 +42,23 @@ class Result:
     rounds: list[float] = field(default_factory=list)
     missing: bool = False
     problem: str = ""
+
+
+@dataclass
+class Cell:
+    """One model at one batch and thread count. ceilings: one entry per round, empty when that
+    process failed; ceilings_problem says why."""
+
+    results: list[Result]
+    ceilings: list[dict[str, Any]] = field(default_factory=list)
+    ceilings_problem: str = ""
+
+    def shares(self, result: Result, flops: int) -> list[float]:
+        """The peer's share of the multiply-add ceiling, round by round."""
+        if len(self.ceilings) != len(result.rounds):
+            return []
+        pairs = zip(result.rounds, self.ceilings, strict=True)
+        return [flops / us / 1e3 / c["fma_gflops"] for us, c in pairs]
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -58,15 +78,16 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 class Worker:
     """The parent's end of a worker process."""
 
-    def __init__(self, folder: Path, request: dict[str, Any], threads: int) -> None:
-        self.log = open(folder / f"{request['peer']}.log", "w+")
-        environment = dict.fromkeys(THREAD_VARIABLES, str(threads))
+    def __init__(
+        self, folder: Path, name: str, request: dict[str, Any], variables: dict[str, str]
+    ) -> None:
+        self.log = open(folder / f"{name}.log", "w+")
         # The worker finds the package where this process found it, whatever its own folder is.
         paths = [os.path.abspath(path or ".") for path in sys.path]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", COMMAND],
+            [sys.executable, "-c", CEILINGS if name == "ceilings" else COMMAND],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=folder,
-            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)},
+            env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
         self.send(request)
 
@@ -146,7 +167,7 @@ def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error:
     results, workers, repeats_us = {}, {}, {}
     for peer in peers:
         result = results[peer] = Result(peer)
-        if reason := PEERS[peer].missing():
+        if reason := PEERS[peer].missing(job.isa):
             result.missing, result.problem = True, reason
             continue
         own_bound = max(FUSED_BOUND, 2 * eager_error)
@@ -158,7 +179,7 @@ def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error:
             "expected": str(folder / "expected.npy"),
             "bound": own_bound if peer == "fused" else PEER_BOUND,
         }
-        worker = Worker(folder, request, job.threads)
+        worker = Worker(folder, peer, request, environment(PEERS[peer], job.threads, job.isa))
         reply = worker.receive(START_S)
         if "error" in reply:
             result.problem = reply["error"]
@@ -167,6 +188,17 @@ def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error:
         result.kernel, result.relative_error = reply["kernel"], reply["relative_error"]
         workers[peer], repeats_us[peer] = worker, reply["us"]
     return results, workers, repeats_us
+
+
+def _start_ceilings(folder: Path, job: Job, cpus: Any) -> tuple[Worker | None, str]:
+    """The worker, or None and what went wrong."""
+    variables = environment(PEERS["fused"], job.threads, job.isa)
+    worker = Worker(folder, "ceilings", {"threads": job.threads, "cpus": cpus}, variables)
+    reply = worker.receive(START_S)
+    if "error" in reply:
+        worker.close()
+        return None, reply["error"]
+    return worker, ""
 
 
 def measure(
@@ -180,20 +212,28 @@ def measure(
     size: int,
     seed: int,
     cpus: list[int] | None,
+    isa: str = "",
+    cache: str = "",
     progress: Callable[[int], None] = lambda done: None,
-) -> list[Result]:
+) -> Cell:
     """The results of `peers` in their order. A round of a peer is as many forwards as fit round_s,
     at least one, after one that does not count; the order of the peers turns from round to round.
 
-    progress(done) is called after each round.
+    isa: hold everything to that instruction set. cache: a folder for what peers make once per
+    model and batch, good for one seed. progress(done) is called after each round.
     """
     with tempfile.TemporaryDirectory(prefix="evit_fast_bench_") as name:
         folder = Path(name)
-        job = Job(model, batch, threads, size, str(folder / "weights.safetensors"))
+        job = Job(model, batch, threads, size, str(folder / "weights.safetensors"), isa, cache)
         eager_error = _prepare(folder, job, seed)
         results, workers, start_us = _start(folder, job, peers, cpus, eager_error)
+        cell = Cell(list(results.values()))
+        meter, cell.ceilings_problem = _start_ceilings(folder, job, cpus)
         try:
-            for done in range(rounds):
+            for done in range(rounds if workers else 0):
+                if meter:
+                    meter.send({"bandwidth": done < BANDWIDTH_ROUNDS})
+                    cell.ceilings.append(meter.receive(ROUND_S))
                 order = list(workers)
                 turn = done % max(len(order), 1)
                 for peer in order[turn:] + order[:turn]:
@@ -207,6 +247,8 @@ def measure(
                     results[peer].rounds.append(reply["us"])
                 progress(done + 1)
         finally:
-            for worker in workers.values():
+            for worker in [*workers.values(), *([meter] if meter else [])]:
                 worker.close()
-    return list(results.values())
+        if problems := [c["error"] for c in cell.ceilings if "error" in c]:
+            cell.ceilings, cell.ceilings_problem = [], problems[0]
+    return cell

@@ -35,12 +35,16 @@ def test_one_run(tmp_path, capsys, monkeypatch) -> None:
     assert list(rows) == [*names, "openvino"]
     saved = json.loads(path.with_suffix(".json").read_text())
     (cell,) = saved["cells"]
+    limits = cell["ceilings"]
+    assert len(cell["rounds_fma_gflops"]) == 3 and limits["isa"] in rows["fused"]["machine"]
+    assert set(limits["read"]) == set(limits["copy"]) == {"L1", "L2", "L3", "memory"}
     for name in names:
         row = rows[name]
         assert row["op"] == "efficientvit_m0" and row["shape"] == "1x3x64x64"
         assert row["rounds"] == "3" and len(cell["rounds_us"][name]) == 3
         assert float(row["us_p20"]) <= float(row["us"]) <= float(row["us_p80"])
         assert float(row["relative_error"]) < 1e-5
+        assert 0 < float(row["share"]) < 1.1
         assert row["machine"] and row["commit"] and row["date"] and row["kernel"]
     assert rows["eager"]["ratio_to_eager"] == rows["fused"]["fused_ratio"] == "1.0"
     assert rows["openvino"]["us"] == ""
@@ -63,9 +67,10 @@ def test_a_wrong_output_is_not_timed(tmp_path, monkeypatch) -> None:
 def test_a_process_that_dies_is_reported(monkeypatch) -> None:
     command = "import os, sys; print('no such luck', file=sys.stderr, flush=True); os._exit(3)"
     monkeypatch.setattr(runner, "COMMAND", command)
-    (found,) = runner.measure(
+    cell = runner.measure(
         "efficientvit_m0", 1, 1, ["folded"], rounds=2, round_s=1e-3, size=64, seed=0, cpus=None
     )
+    (found,) = cell.results
     assert found.problem == "its process ended with 3: no such luck"
     assert found.rounds == [] and not found.missing
 
@@ -113,8 +118,9 @@ def _row_results() -> list[runner.Result]:
 
 
 def _rows() -> list[report.Row]:
+    cell = runner.Cell(_row_results(), [{"fma_gflops": rate} for rate in (20.0, 10.0, 40.0)])
     return report.rows(
-        _row_results(), model="efficientvit_m0", batch=4, threads=1, size=224,
+        cell, model="efficientvit_m0", batch=4, threads=1, size=224,
         cost=(1_000_000, 2_000_000),
         stamp={"machine": "a machine", "commit": "abc", "date": "2026-01-02"},
     )  # fmt: skip
@@ -124,6 +130,8 @@ def test_rows_take_ratios_round_by_round() -> None:
     fused, eager, absent = _rows()
     assert (fused.us, fused.images_per_s) == (200.0, 20_000.0)
     assert (fused.gflops, fused.gbs) == (5.0, 10.0)
+    # 10, 5 and 3.3 GFLOP/s of 20, 10 and 40: shares of the same round.
+    assert (fused.share, fused.fma_gflops, absent.share) == (0.5, 20.0, "")
     # 3, 2, 2: the medians' own ratio happens to be the same, the spread is not.
     assert (eager.fused_ratio, eager.fused_ratio_p20, eager.fused_ratio_p80) == (2.0, 2.0, 2.6)
     assert fused.ratio_to_eager == 2.0
