@@ -192,8 +192,7 @@ def _forward(
     if x.is_neg():
         x = x.resolve_neg()
     if column == "reference":
-        with torch.autocast(x.device.type, enabled=False):
-            y = programs.run_reference(x, program, blob)
+        y = programs.run_reference(x, program, blob)
     else:
         if x.dtype != torch.uint8 and x.dtype != torch.float32:
             x = x.float()

@@ -144,9 +144,8 @@ class Fused:
             raise ValueError(
                 "the weights are on the meta device and have no values; load them first"
             )
-        seen = self._watch.look(
-            self
-        )  # before reading: what is written meanwhile shows at the next look
+        # Before the weights are read: what is written meanwhile shows at the next forward.
+        seen = self._watch.look(self)
         # NaN comes out where eager has it, without a word from numpy.
         with torch.inference_mode(False), torch.no_grad(), np.errstate(all="ignore"):
             ops = fold(self, self.config.mean, self.config.std)

@@ -18,7 +18,6 @@ inside the backward) makes that backward raise.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -88,9 +87,6 @@ class WatchedDict(dict):
     def clear(self) -> None:
         super().clear()
         self._changed()
-
-    def __deepcopy__(self, memo: dict) -> dict:
-        return copy.deepcopy(dict(self), memo)
 
     def __reduce__(self):
         return dict, (dict(self),)

@@ -133,6 +133,15 @@ def test_compiled_graphs_see_refolds(fast: FastEfficientVit):
         fast.load_state_dict(randomize(create_model("m0", num_classes=7), seed=2).state_dict())
         assert torch.equal(compiled(x), fast(x)) and relative_error(compiled(x), before) > 0.1
         before = compiled(x)
+        fast.to(torch.bfloat16).float()
+        assert torch.equal(compiled(x), fast(x)) and not torch.equal(compiled(x), before)
+        before = compiled(x)
+        fast.reset_classifier(7)
+        assert torch.equal(compiled(x), fast(x)) and relative_error(compiled(x), before) > 1e-3
+        before = compiled(x)
+        fast.set_input_size(128)
+        assert torch.equal(compiled(x), fast(x)) and not torch.equal(compiled(x), before)
+        before = compiled(x)
     fast.train()
     fast(images(4, 3, 64, 64))
     fast.eval()

@@ -73,7 +73,7 @@ def counters(fast: nn.Module) -> int:
 
 @torch.no_grad()
 def in_place(m: nn.Module) -> None:
-    middle(m).conv.weight.mul_(-1)
+    (m.linear if hasattr(m, "linear") else middle(m).conv).weight.mul_(-1)
 
 
 @torch.no_grad()
@@ -466,12 +466,33 @@ def test_functional_call(pair):
             assert torch.equal(fast(X), before)
         assert ptrs == [v.data_ptr() for v in kept.values()], "a stranger's tensor was moved"
     assert counters(fast) == 1
+
+
+def test_tensors_that_count_no_versions(pair):
+    """Made under inference_mode: taken for changed at every forward, until they are shared."""
+    fast, _ = pair
     with torch.inference_mode():
-        strange = {"head.linear.bias": torch.ones(5)}
-        a = torch.func.functional_call(fast, strange, X)
-        strange["head.linear.bias"].add_(1)
-        b = torch.func.functional_call(fast, strange, X)
-    assert_close(b - a, torch.ones(2, 5), 1e-4)
+        fast.head.linear.bias = nn.Parameter(torch.ones(5))
+        a = fast(X)
+        fast.head.linear.bias.add_(1)
+        assert_close(fast(X) - a, torch.ones(2, 5), 1e-4)
+        fast.train().eval()
+        assert counters(fast) == 1 and torch.equal(fast.head.linear.bias, torch.full((5,), 2.0))
+        fast.head.linear.bias.add_(1)
+        assert_close(fast(X) - a, torch.full((2, 5), 2.0), 1e-4)
+
+
+def test_refold_in_training_does_not_outlive_it(pair):
+    fast, twin = pair
+    for m in pair:
+        m.train()
+        optimiser = OPTIMISERS["sgd-fused"](m.parameters())
+        steps(m, optimiser)
+        if m is fast:
+            m.refold()
+        steps(m, optimiser)
+        m.eval()
+    agree(fast, twin)
 
 
 # ------------------------------------------------------------------ refold
@@ -529,7 +550,34 @@ def test_compact_again(pair):
     assert counters(fast) == 1
     for change in (load_assign, half_and_back, empty_and_load, reset_classifier, set_input_size):
         change(fast)
+        fast(X)
         assert counters(fast) == 1, change.__name__
+
+
+def test_weights_left_alone_are_watched_too(pair):
+    """With a hook, or in memory that someone else may write to."""
+    fast, twin = pair
+    for m in pair:
+        m.head.linear.weight = nn.Parameter(m.head.linear.weight.detach().clone())
+        memory = torch.zeros(100)
+        m.head.linear.bias = nn.Parameter(memory[10:15])
+        m.memory = [memory]
+    calls: list[int] = []
+    fast.head.linear.weight.register_hook(lambda grad: calls.append(1))
+    fast.train()
+    fast.eval()
+    assert counters(fast) == 3
+    before = eager(twin)
+    for m in pair:
+        with torch.no_grad():
+            m.memory[0].add_(1)
+    agree(fast, twin, before)
+    in_place(fast.head)
+    in_place(twin.head)
+    agree(fast, twin)
+    fast.train()
+    fast(X).sum().backward()
+    assert calls == [1]
 
 
 def test_mixed_dtypes_have_one_counter_each(pair):
