@@ -53,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
     # disable=None: no bar where stderr is no terminal
     with tqdm(total=len(paths), unit="image", file=sys.stderr, disable=None) as bar:
         for b in batches:
-            with bar.external_write_mode(file=sys.stderr):
-                for failure in b.failures:
-                    _report(failure)
-            failures += b.failures
+            if b.failures:
+                failures += b.failures
+                with bar.external_write_mode(file=sys.stderr):
+                    for failure in b.failures:
+                        _report(failure)
             if b.pixels is not None:
                 new = _classify(loaded, b, args)
                 results += new
