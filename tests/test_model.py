@@ -26,6 +26,8 @@ from .close import assert_close, budget, relative_error
 from .randomize import randomize
 
 REL = 1e-10
+# Gradients in training pass through statistics of a few values, which amplify rounding a lot.
+REL_TRAINING = 1e-8
 MODELS = tuple(VARIANTS)
 SIZES = {"224": (224, 224), "208": (208, 208), "256": (256, 256), "160x192": (160, 192)}
 SIZES["384"] = (384, 384)
@@ -53,7 +55,7 @@ def small() -> EfficientVit:
     return randomize(create_model("m0", num_classes=7)).eval()
 
 
-def check_gradients(ours, peer, x: torch.Tensor) -> None:
+def check_gradients(ours, peer, x: torch.Tensor, rel: float = REL) -> None:
     """Logits, and gradients of a random projection of them to the input and every parameter."""
     x_ours, x_peer = x.clone().requires_grad_(), x.clone().requires_grad_()
     y_ours, y_peer = ours(x_ours), peer(x_peer)
@@ -70,7 +72,7 @@ def check_gradients(ours, peer, x: torch.Tensor) -> None:
             # A constant that every later batch norm subtracts again: zero but for rounding.
             assert a.norm() < 1e-12 * whole, f"gradient of {name}"
         else:
-            assert_close(a, b, REL, f"gradient of {name}")
+            assert_close(a, b, rel, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("batch", [1, 3], ids=["b1", "b3"])
@@ -99,19 +101,19 @@ def test_equals_timm(name: str, size: str, batch: int) -> None:
     if not timm_peer.takes_any_size() and size != "208":
         return
     ours.train(), peer.train()
-    check_gradients(ours, peer, x)
+    check_gradients(ours, peer, x, REL_TRAINING)
     state = peer.state_dict()
     for key, value in ours.state_dict().items():
         assert_close(value, state[key], REL, key)  # running statistics moved alike
 
 
-@pytest.mark.parametrize("name", MODELS, ids=ids)
-def test_equals_timm_of_one_size(name: str) -> None:
+@pytest.mark.parametrize("names", [("M0", "M1", "M2", "M3"), ("M4", "M5")], ids="-".join)
+def test_equals_timm_of_one_size(names: tuple[str, ...]) -> None:
     """The same comparison with a timm from before it took any size, in a process of its own."""
     folder = os.environ.get(OLD_TIMM)
     if not folder:
         pytest.skip(f"{OLD_TIMM} names no folder with an old timm")
-    select = f"test_equals_timm and not one_size and {ids(name)}"
+    select = f"test_equals_timm and not one_size and ({' or '.join(names)})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", select]
     command += ["--import-mode=importlib", __file__]
     env = dict(os.environ, EVIT_FAST_TIMM_PATH=str(Path(folder).resolve()))
@@ -119,7 +121,8 @@ def test_equals_timm_of_one_size(name: str) -> None:
     root = Path(__file__).resolve().parents[1]
     run = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
-    assert "8 passed, 2 skipped" in run.stdout, run.stdout[-500:]
+    passed = f"{8 * len(names)} passed, {2 * len(names)} skipped"
+    assert passed in run.stdout, run.stdout[-500:]
 
 
 def test_a_wrong_bias_would_show() -> None:
