@@ -66,10 +66,6 @@ def import_timm() -> types.ModuleType:
     return timm
 
 
-def version() -> tuple[int, ...]:
-    return tuple(int(part) for part in import_timm().__version__.split(".")[:3])
-
-
 def takes_any_size() -> bool:
     """False for versions whose model is built for one square size."""
     models = import_timm().models
