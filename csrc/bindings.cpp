@@ -15,6 +15,7 @@
 #include "runtime/ceilings.h"
 #include "runtime/dispatch.h"
 #include "runtime/model.h"
+#include "runtime/threads.h"
 
 namespace py = pybind11;
 
@@ -121,6 +122,8 @@ class Model {
 
   int64_t workspace_bytes(int64_t B, int64_t H, int64_t W, int threads) const {
     isa_in_use();  // raises when EVIT_FAST_MAX_ISA holds an unknown name
+    std::string error;
+    if (!evit::running_threads(threads, &error) && !error.empty()) throw std::runtime_error(error);
     const int64_t bytes = evit_workspace_bytes(model_, B, H, W, threads);
     if (bytes < 0) {
       value_error("sizes out of range: B=" + std::to_string(B) + " H=" + std::to_string(H) +

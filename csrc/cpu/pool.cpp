@@ -36,11 +36,6 @@ int64_t now_ns() {
   return t.tv_sec * int64_t{1'000'000'000} + t.tv_nsec;
 }
 
-int usable_cpus() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-}
-
 void futex_wait(std::atomic<uint32_t>* word, uint32_t expected) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
 }
@@ -193,6 +188,12 @@ __attribute__((destructor)) void stop_workers() {
 
 }  // namespace
 
+int usable_cpus() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+  return static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));  // more than a cpu_set_t holds
+}
+
 void pool_run(int threads, TeamFn fn, void* ctx) {
   if (threads > kMaxThreads) threads = kMaxThreads;
   if (threads <= 1 || g_pool.busy.exchange(true, std::memory_order_acquire)) {
@@ -220,11 +221,14 @@ void SpinBarrier::wait(int size) {
     __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
     return;
   }
-  const int spins = size <= g_pool.cpus ? kSpins : 0;
-  for (int i = 0; i < spins; i++) {
+  // Ranks that share a processor would spin away the other's time at each of a hundred barriers:
+  // once a wait was in vain, all that follow yield at once.
+  const bool crowded = size > g_pool.cpus || __atomic_load_n(&crowded_, __ATOMIC_RELAXED);
+  for (int i = 0; i < (crowded ? 0 : kSpins); i++) {
     if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return;
     cpu_pause();
   }
+  if (!crowded) __atomic_store_n(&crowded_, true, __ATOMIC_RELAXED);
   while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) sched_yield();
 }
 

@@ -6,6 +6,8 @@ namespace evit {
 
 constexpr int kMaxThreads = 256;
 
+int usable_cpus();  // of this process, by its affinity mask
+
 using TeamFn = void (*)(void* ctx, int rank, int size);
 
 // Runs fn(ctx, rank, size) once for every rank below size and returns when all have; rank 0 is the
@@ -25,6 +27,7 @@ class SpinBarrier {
   // Apart, so that arriving ranks do not disturb the line that the others are watching.
   alignas(64) unsigned arrived_ = 0;
   alignas(64) unsigned generation_ = 0;
+  bool crowded_ = false;  // a rank waited in vain: it may hold the processor that another needs
 };
 
 }  // namespace evit

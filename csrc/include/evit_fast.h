@@ -54,7 +54,9 @@ EVIT_API int evit_output_shape(const evit_model* model, int64_t B, int64_t H, in
 EVIT_API int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int64_t W,
                                       int threads);
 
-/* workspace: 64-byte aligned, contents irrelevant. threads: 1..256; results do not depend on it. */
+/* workspace: 64-byte aligned, contents irrelevant. threads: 1..256; results do not depend on it,
+ * and no more run than this process may use processors (or the environment variable
+ * EVIT_FAST_MAX_THREADS says, read once). */
 EVIT_API int evit_run(const evit_model* model, const evit_tensor* x, evit_tensor* y,
                       void* workspace, size_t workspace_bytes, int threads,
                       char err[EVIT_ERROR_BYTES]);

@@ -7,6 +7,7 @@
 #include "evit_fast.h"
 #include "runtime/dispatch.h"
 #include "runtime/model.h"
+#include "runtime/threads.h"
 
 namespace {
 
@@ -75,8 +76,10 @@ int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* 
     if (!k) return fail(err, error);
     const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1],
                   W = x->sizes[m.starts_with_stem() ? 3 : 2];
+    const int running = evit::running_threads(threads, &error);
+    if (!error.empty()) return fail(err, error);
     evit::Plan plan;
-    if (!evit::make_plan(m, *k, B, H, W, threads, &plan)) {
+    if (!evit::make_plan(m, *k, B, H, W, running, &plan)) {
       return fail(
           err, "x: shape " + shape(*x) + " with " + std::to_string(threads) +
                    " threads is out of range; expected sides from 1 to 16384 and 1 to 256 threads");
@@ -156,8 +159,9 @@ int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int6
                              int threads) {
   std::string error;
   const evit::cpu::Kernels* k = evit::kernels(&error);
+  const int running = evit::running_threads(threads, &error);
   evit::Plan plan;
-  if (!k || !evit::make_plan(model->model, *k, B, H, W, threads, &plan)) return -1;
+  if (!k || !evit::make_plan(model->model, *k, B, H, W, running, &plan)) return -1;
   return (int64_t)plan.bytes();
 }
 
