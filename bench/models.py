@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
         for batch in args.batch:
             for model in models:
                 cell = measure(
-                    model, batch, threads, expand(peers, batch, threads), rounds=args.rounds, round_s=args.round_ms / 1e3,
+                    model, batch, threads, expand(peers, batch, threads),
+                    rounds=args.rounds, round_s=args.round_ms / 1e3,
                     size=args.size, seed=args.seed, cpus=cpus, isa=args.isa, cache=cache.name,
                     progress=_progress(f"{model} batch {batch} threads {threads}", args.rounds),
                 )  # fmt: skip

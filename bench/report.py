@@ -27,8 +27,8 @@ class Row:
     """One peer in one cell, as in the CSV. Empty text: not measured; `note` says why.
 
     us: median over the rounds of the time of a forward, us_p20 and us_p80 its spread. gflops, gbs:
-    floating-point operations and fewest bytes (`ops.cost`) over us. share: of the multiply-adds that
-    the cores did in the same rounds (fma_gflops), which is the nearer ceiling of a whole model.
+    floating-point operations and fewest bytes (`ops.cost`) over us. share: of the multiply-adds
+    that the cores did in the same rounds (fma_gflops), the nearer ceiling of a whole model.
     ratio_to_eager: eager's time over this one's; fused_ratio: this one's time over fused's, both
     medians of ratios of the same round.
     """

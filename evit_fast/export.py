@@ -6,15 +6,17 @@
              run slowly. "joined": one convolution and a Split, the graph of the original code
 
 The graph is written from the folded weights (`fold.fold`), the same float64 arrays that the fused
-ops are packed from; the log2(e) of their softmax is divided out. H and W are fixed, B is free
-unless given. The residual of a depthwise convolution stays in its centre tap and the scale of the
-scores in the q weights, so no node is spent on either.
+ops are packed from; the log2(e) of their softmax is divided out. H and W are fixed, or free with
+image_size="dynamic" (then windows are counted by the graph itself: a few nodes more per attention);
+B is free unless given. The residual of a depthwise convolution stays in its centre tap and the
+scale of the scores in the q weights, so no node is spent on either.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ OPSET = 17
 BOUND = 1e-4  # relative L2 error at the logits, ONNX Runtime against float64 eager
 LOG2_E = math.log2(math.e)
 QKV_FORMS = ("separate", "joined")
+DYNAMIC = "dynamic"
+DYNAMIC_SIZES = ((224, 224), (160, 208))  # where a graph of any size is checked
+Size = tuple[int, int] | None  # None: the graph takes any
 
 
 class _Graph:
@@ -86,7 +91,7 @@ class _Graph:
         return self.node("Reshape", [x, sizes], name)
 
 
-def _stem(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> str:
+def _stem(g: _Graph, x: str, s: Any, w: Any, size: Size, qkv: str) -> str:
     for i in range(1, 5):
         x = g.conv(x, getattr(w, f"conv{i}"), getattr(w, f"bias{i}"), f"conv{i}", stride=2)
         if i < 4:
@@ -94,7 +99,7 @@ def _stem(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) ->
     return x
 
 
-def _dw_ffn(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> str:
+def _dw_ffn(g: _Graph, x: str, s: Any, w: Any, size: Size, qkv: str) -> str:
     y = g.conv(x, w.dw, w.dw_bias, "dw", depthwise=True)
     hidden = g.relu(g.conv(y, w.w1, w.b1, "pw1"), "relu")
     return g.node("Add", [g.conv(hidden, w.w2, w.b2, "pw2"), y], "add")
@@ -127,37 +132,83 @@ def _head(g: _Graph, x: str, s: Any, w: Any, i: int, side: int, qkv: str) -> str
     return g.reshape(out, [-1, width, side, side], name + "map")
 
 
-def _windows(g: _Graph, x: str, C: int, side: int, size: tuple[int, int]) -> str:
+class _Sides:
+    """Of an attention: how its windows tile a map of H x W. Names of shapes for the graph's nodes.
+
+    size: (H, W), or None where the graph counts them itself from x [B, C, H, W].
+    """
+
+    def __init__(self, g: _Graph, x: str, C: int, side: int, size: tuple[int, int] | None) -> None:
+        self.g, self.side, self.padded = g, side, True
+        if size is not None:
+            counts = [-(-n // side) for n in size]
+            self.padded = (counts[0] * side, counts[1] * side) != size
+            H, W = ([n] for n in size)
+            NH, NW = ([n] for n in counts)
+            PH, PW = ([n * side] for n in counts)
+            extra = [[n * side - m] for n, m in zip(counts, size, strict=True)]
+        else:
+            H, W, NH, NW, PH, PW, *extra = self._count(x)
+        self.pads = [0, 0, 0, 0, 0, 0], *extra
+        self.parted = [-1, C], NH, [side], NW, [side]
+        self.rows = [-1], NH, NW, [C, side, side]
+        self.image = [-1, C], PH, PW
+        self.hw = H, W
+
+    def _count(self, x: str) -> list[str]:
+        """Nodes of one int64 each: H, W, windows down and across, padded H and W, padding."""
+        g = self.g
+        shape = g.node("Shape", [x], "shape")
+        side = g.constant(f"window.{self.side}", np.array([self.side]), np.int64)
+        most = g.constant(f"window_less_one.{self.side}", np.array([self.side - 1]), np.int64)
+        columns = []
+        for axis, name in ((2, "rows"), (3, "columns")):
+            at = g.constant(f"axis.{axis}", np.array([axis]), np.int64)
+            n = g.node("Gather", [shape, at], name, axis=0)
+            count = g.node("Div", [g.node("Add", [n, most], f"{name}.up"), side], f"{name}.windows")
+            whole = g.node("Mul", [count, side], f"{name}.whole")
+            columns.append((n, count, whole, g.node("Sub", [whole, n], f"{name}.extra")))
+        return [name for pair in zip(*columns, strict=True) for name in pair]
+
+    def vector(self, parts: tuple[list[int] | str, ...], name: str) -> str:
+        """One int64 tensor out of numbers and nodes."""
+        if all(isinstance(part, list) for part in parts):
+            numbers = [n for part in parts for n in part]
+            label = f"shape.{name}." + "x".join(map(str, numbers))
+            return self.g.constant(label, np.array(numbers), np.int64)
+        names = [
+            self.g.constant("shape." + "x".join(map(str, part)), np.array(part), np.int64)
+            if isinstance(part, list) else part
+            for part in parts
+        ]  # fmt: skip
+        return self.g.node("Concat", names, f"{name}.sizes", axis=0)
+
+
+def _windows(g: _Graph, x: str, C: int, sides: _Sides) -> str:
     """[B, C, H, W] -> [B * NH * NW, C, side, side], zero-padded at the bottom and right first."""
-    H, W = size
-    NH, NW = -(-H // side), -(-W // side)
-    if (NH * side, NW * side) != size:
-        pads = [0, 0, 0, 0, 0, 0, NH * side - H, NW * side - W]
-        amounts = g.constant("pads." + "x".join(map(str, pads)), np.array(pads), np.int64)
-        x = g.node("Pad", [x, amounts], "pad", mode="constant")
-    x = g.reshape(x, [-1, C, NH, side, NW, side], "partition")
+    if sides.padded:
+        x = g.node("Pad", [x, sides.vector(sides.pads, "pads")], "pad", mode="constant")
+    x = g.node("Reshape", [x, sides.vector(sides.parted, "parted")], "partition")
     x = g.node("Transpose", [x], "partition_rows", perm=[0, 2, 4, 1, 3, 5])
-    return g.reshape(x, [-1, C, side, side], "windows")
+    return g.reshape(x, [-1, C, sides.side, sides.side], "windows")
 
 
-def _unwindows(g: _Graph, x: str, C: int, side: int, size: tuple[int, int]) -> str:
+def _unwindows(g: _Graph, x: str, sides: _Sides) -> str:
     """The way back from `_windows`, padding cropped."""
-    H, W = size
-    NH, NW = -(-H // side), -(-W // side)
-    x = g.reshape(x, [-1, NH, NW, C, side, side], "reverse")
+    x = g.node("Reshape", [x, sides.vector(sides.rows, "rows")], "reverse")
     x = g.node("Transpose", [x], "reverse_rows", perm=[0, 3, 1, 4, 2, 5])
-    x = g.reshape(x, [-1, C, NH * side, NW * side], "image")
-    if (NH * side, NW * side) != size:
+    x = g.node("Reshape", [x, sides.vector(sides.image, "image")], "image")
+    if sides.padded:
         starts = g.constant("crop.starts", np.array([0, 0]), np.int64)
-        ends = g.constant(f"crop.ends.{H}x{W}", np.array([H, W]), np.int64)
         axes = g.constant("crop.axes", np.array([2, 3]), np.int64)
-        x = g.node("Slice", [x, starts, ends, axes], "crop")
+        x = g.node("Slice", [x, starts, sides.vector(sides.hw, "crop"), axes], "crop")
     return x
 
 
-def _cga(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> str:
+def _cga(g: _Graph, x: str, s: Any, w: Any, size: Size, qkv: str) -> str:
     windowed = size != (s.window, s.window)
-    tokens = _windows(g, x, s.C, s.window, size) if windowed else x
+    sides = _Sides(g, x, s.C, s.window, size) if windowed else None
+    tokens = _windows(g, x, s.C, sides) if sides else x
     sizes = g.constant(f"split.heads.{s.heads}.{s.C}", np.full(s.heads, s.C // s.heads), np.int64)
     parts = [tokens]
     if s.heads > 1:
@@ -168,12 +219,12 @@ def _cga(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> 
         outputs.append(_head(g, feature, s, w, i, s.window, qkv))
     y = g.node("Concat", outputs, "concat", axis=1)
     y = g.conv(g.relu(y, "relu"), w.proj, w.proj_bias, "proj")
-    if windowed:
-        y = _unwindows(g, y, s.C, s.window, size)
+    if sides:
+        y = _unwindows(g, y, sides)
     return g.node("Add", [y, x], "add")
 
 
-def _patch_merge(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> str:
+def _patch_merge(g: _Graph, x: str, s: Any, w: Any, size: Size, qkv: str) -> str:
     x = g.relu(g.conv(x, w.w1, w.b1, "pw1"), "relu1")
     x = g.relu(g.conv(x, w.dw, w.dw_bias, "dw", stride=2, depthwise=True), "relu2")
     gate = g.node("GlobalAveragePool", [x], "se.pool")
@@ -182,7 +233,7 @@ def _patch_merge(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: 
     return g.conv(g.node("Mul", [x, gate], "se.mul"), w.w3, w.b3, "pw2")
 
 
-def _classifier(g: _Graph, x: str, s: Any, w: Any, size: tuple[int, int], qkv: str) -> str:
+def _classifier(g: _Graph, x: str, s: Any, w: Any, size: Size, qkv: str) -> str:
     x = g.node("Flatten", [g.node("GlobalAveragePool", [x], "pool")], "features", axis=1)
     if s.N == 0:
         return x
@@ -210,12 +261,17 @@ def _import_onnx() -> Any:
     return onnx
 
 
-def _image_size(model: Any, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _image_size(model: Any, image_size: int | str | tuple[int, int] | None) -> Size:
+    if image_size == DYNAMIC:
+        return None
     if image_size is None:
         image_size = getattr(model, "img_size", 224)
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"export: image_size must be one or two positive sizes, got {image_size}")
+    if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
+        raise ValueError(
+            "export: image_size must be one or two positive sizes, or 'dynamic', got "
+            f"{image_size!r}"
+        )
     return size
 
 
@@ -230,14 +286,14 @@ def _folded(model: Any) -> list[tuple[Any, Any]]:
 def to_onnx(
     model: Any,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | str | tuple[int, int] | None = None,
     batch: int | None = None,
     qkv: str = "separate",
 ) -> Any:
     """The onnx.ModelProto of `model`: an EfficientViT, or the list that `fold.fold` returns.
 
-    image_size: side or (H, W); None takes the model's own. batch: None leaves it free (>= 1).
-    ValueError on a bad size or form, RuntimeError when the onnx package is missing.
+    image_size: side or (H, W), "dynamic" for any; None takes the model's own. batch: None leaves it
+    free (>= 1). ValueError on a bad size or form, RuntimeError when the onnx package is missing.
     """
     onnx = _import_onnx()
     if qkv not in QKV_FORMS:
@@ -249,13 +305,15 @@ def to_onnx(
     for index, (shape, weights) in enumerate(folded):
         g.prefix = f"{index:02d}.{shape.op}."
         value = _EMIT[shape.op](g, value, shape, weights, size, qkv)
-        size = OPS[shape.op].out_hw(*size)
+        size = OPS[shape.op].out_hw(*size) if size else None
     last = folded[-1][0]
     name = "logits" if getattr(last, "N", 0) else "features"
     g.nodes[-1].output[0] = name
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     B = "batch" if batch is None else batch
-    y_shape = [B, last.channels_out, *(() if last.op == "classifier" else size)]
+    map_shape = size or ("map_height", "map_width")
+    y_shape = [B, last.channels_out, *(() if last.op == "classifier" else map_shape)]
+    image_shape = image_shape or ("height", "width")
     graph = helper.make_graph(
         g.nodes,
         "efficientvit",
@@ -296,26 +354,54 @@ def relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     return float(difference) if np.isfinite(difference) else math.inf
 
 
+def _eager_double(model: Any) -> Callable[[np.ndarray], np.ndarray]:
+    """images float32 [B, in, H, W] -> what the model gives in float64."""
+    import torch
+
+    from evit_fast.program import map_arrays
+
+    if not isinstance(model, (list, tuple)):
+        double = copy.deepcopy(model).double().eval()
+
+        def run(x: np.ndarray) -> np.ndarray:
+            with torch.no_grad():
+                return double(torch.from_numpy(x).double()).numpy()
+
+        return run
+
+    def run_folded(x: np.ndarray) -> np.ndarray:
+        y = torch.from_numpy(x).double()
+        for shape, weights in model:
+            tensors = map_arrays(weights, lambda a: torch.from_numpy(np.array(a, np.float64)))
+            y = OPS[shape.op].reference(y, tensors, shape)
+        return (y.permute(0, 3, 1, 2) if y.ndim == 4 else y).numpy()
+
+    return run_folded
+
+
 def export(
     model: Any,
     path: str | Path,
     *,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | str | tuple[int, int] | None = None,
     batch: int | None = None,
     qkv: str = "separate",
 ) -> float:
-    """Write an EfficientViT as an ONNX file, once ONNX Runtime agrees with float64 eager on it.
+    """Write an EfficientViT, or the list that `fold.fold` returns, as an ONNX file, once ONNX
+    Runtime agrees with float64 on it: eager, or the ops' references for a list.
 
-    Returns the relative L2 error on random images; over 1e-4 a RuntimeError, and no file.
+    image_size, batch, qkv: see to_onnx. Returns the relative L2 error on random images; over 1e-4 a
+    RuntimeError, and no file.
     """
-    import torch
-
     proto = to_onnx(model, image_size=image_size, batch=batch, qkv=qkv)
-    shape = [dim.dim_value or 2 for dim in proto.graph.input[0].type.tensor_type.shape.dim]
-    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    with torch.no_grad():
-        expected = copy.deepcopy(model).double().eval()(torch.from_numpy(x).double()).numpy()
-    error = relative_error(run_onnx(proto, x), expected)
+    shape = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
+    sizes = DYNAMIC_SIZES if image_size == DYNAMIC else (tuple(shape[2:]),)
+    expected_of = _eager_double(model)
+    error = 0.0
+    for size in sizes:
+        drawn = np.random.default_rng(0).standard_normal((shape[0] or 2, shape[1], *size))
+        x = drawn.astype(np.float32)
+        error = max(error, relative_error(run_onnx(proto, x), expected_of(x)))
     if error > BOUND:
         raise RuntimeError(
             f"export: ONNX Runtime is off by {error:.1e} from float64 eager, {BOUND:.0e} is "

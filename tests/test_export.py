@@ -53,6 +53,38 @@ def test_sizes(name: str, size: tuple[int, int]) -> None:
     assert relative_error(run_onnx(to_onnx(model, image_size=size), x), _expected(model, x)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["m1", "m3"])
+def test_any_size_and_batch(name: str) -> None:
+    """One graph: whole windows, padded ones, and maps smaller than a window."""
+    model = _model(name)
+    proto = to_onnx(model, image_size="dynamic")
+    for batch, size in enumerate([*SIZES, (240, 176)], 1):
+        x = _images(batch, size)
+        assert relative_error(run_onnx(proto, x), _expected(model, x)) < 1e-5, size
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]
+
+
+def test_export_of_any_size_checks_two(tmp_path, monkeypatch) -> None:
+    """A graph that is made for 224 and claims any size is refused."""
+    model = _model("m0", num_classes=10)
+    assert export(model, tmp_path / "m0.onnx", image_size="dynamic") < BOUND
+    monkeypatch.setattr("evit_fast.export.DYNAMIC_SIZES", ((224, 224), (160, 200)))
+    real = to_onnx(model, image_size=224)
+    for dim in real.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "side"
+    monkeypatch.setattr("evit_fast.export.to_onnx", lambda *args, **kwargs: real)
+    with pytest.raises(Exception, match=r"off by|Reshape|shape"):
+        export(model, tmp_path / "wrong.onnx", image_size="dynamic")
+    assert not (tmp_path / "wrong.onnx").exists()
+
+
+def test_export_of_a_folded_list(tmp_path) -> None:
+    folded = fold(_model("m0", num_classes=10), (0.0,), (1.0,))
+    assert export(folded, tmp_path / "m0.onnx", image_size=64) < BOUND
+    assert export(folded[:-1], tmp_path / "map.onnx", image_size=64) < BOUND
+
+
 def test_batch_is_free_unless_given() -> None:
     model = _model("m0")
     free, fixed = to_onnx(model), to_onnx(model, batch=2)

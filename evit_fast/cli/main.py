@@ -16,6 +16,8 @@ from evit_fast.cli.flags import UsageError
 COMMANDS = {
     "classify": "name what is on images",
     "explain": "show which kernel runs each op of a model, and why",
+    "export": "write a model as plain ONNX, checked",
+    "bench": "measure the fused ops against other runtimes",
     "doctor": "show what this machine and this installation offer",
 }
 
