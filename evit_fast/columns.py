@@ -82,6 +82,7 @@ class _Arena(threading.local):
 
 
 _arena = _Arena()
+_CPU = torch.device("cpu")
 _models: dict[tuple[str, int, int], _native.Model] = {}
 
 
@@ -100,7 +101,7 @@ def _workspace(nbytes: int) -> torch.Tensor:
     tensor = space.tensor
     if tensor is None or tensor.numel() < nbytes:
         space.tensor = tensor = None  # frees the old one first
-        space.tensor = tensor = torch.empty(nbytes, dtype=torch.uint8)
+        space.tensor = tensor = torch.empty(nbytes, dtype=torch.uint8, device=_CPU)
     return tensor
 
 
@@ -121,9 +122,7 @@ def _model(program: str, blob: torch.Tensor) -> _native.Model:
 def _run_cpu(x: torch.Tensor, program: str, blob: torch.Tensor, threads: int) -> torch.Tensor:
     model, shape = _model(program, blob), x.shape
     B, H, W = (shape[0], *_hw(program, shape))
-    y = torch.empty(model.output_shape(B, H, W))
-    if y.numel() == 0:
-        return y
+    y = torch.empty(model.output_shape(B, H, W), dtype=torch.float32, device=_CPU)
     threads = threads or min(torch.get_num_threads(), MAX_THREADS)
     space = _workspace(model.workspace_bytes(B, H, W, threads))
     kind = "uint8" if x.dtype == torch.uint8 else "float32"
@@ -189,8 +188,6 @@ def _forward(
     _check(x, program, blob)
     dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
     column, _ = choose(program, x.device.type, backend)
-    if x.is_neg():
-        x = x.resolve_neg()
     if column == "reference":
         y = programs.run_reference(x, program, blob)
     else:

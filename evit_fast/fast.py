@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -147,7 +148,7 @@ class Fused:
         # Before the weights are read: what is written meanwhile shows at the next forward.
         seen = self._watch.look(self)
         # NaN comes out where eager has it, without a word from numpy.
-        with torch.inference_mode(False), torch.no_grad(), np.errstate(all="ignore"):
+        with _plain_settings(), np.errstate(all="ignore"):
             ops = fold(self, self.config.mean, self.config.std)
             if isinstance(self, EfficientVitFeatures) and ops[-1][0].op == "classifier":
                 del ops[-1]
@@ -293,7 +294,7 @@ def accelerate(
     it.
     """
     options = Options(dtype, backend, strict, threads, graphs, deterministic, calibration)
-    with torch.inference_mode(False), torch.no_grad():
+    with _plain_settings():
         fast = replica(model)
         if device is not None:
             fast = fast.to(device)
@@ -302,6 +303,13 @@ def accelerate(
         fast.__class__ = FastEfficientVitFeatures if features else FastEfficientVit
         fast._start(options)
     return fast
+
+
+@contextmanager
+def _plain_settings() -> Iterator[None]:
+    """Tensors made here are ordinary ones on the CPU, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+        yield
 
 
 def _after_load(module: Fused, incompatible: Any) -> None:

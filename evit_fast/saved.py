@@ -157,6 +157,6 @@ def load(
     it.
     """
     options = Options(None, backend, strict, threads, graphs, deterministic)
-    program, blob, metadata = container.read(path)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), torch.device("cpu"):
+        program, blob, metadata = container.read(path)
         return Program(program, blob if device is None else blob.to(device), metadata, options)

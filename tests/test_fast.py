@@ -233,6 +233,8 @@ def test_our_features_only():
     for a, b in zip(fast(x), exact(model, x), strict=True):
         assert_close(a, b)
     assert fast.feature_info.channels() == model.feature_info.channels()
+    short = ours("m2", features_only=True, out_indices=(1,))
+    assert evit_fast.accelerate(short).config == short.config == VARIANTS["efficientvit_m2"]
 
 
 # ------------------------------------------------------------------ input and output
@@ -291,6 +293,26 @@ def test_compute_dtypes_use_the_reference_column(dtype: torch.dtype, m0: Efficie
     assert_close(own(x.to(dtype)), exact(m0, x), max(3 * FLOOR[dtype], FLOOR[torch.float32]))
     with pytest.raises(NotImplementedError, match=r"strict=True.*reference"):
         evit_fast.accelerate(m0, dtype=dtype, strict=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_settings_of_the_process_change_nothing(backend: str, m0: EfficientVit, tmp_path):
+    x = images(1, 3, 64, 64)
+    want = evit_fast.accelerate(m0, backend=backend)(x)
+    evit_fast.empty_cache()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            fast = evit_fast.accelerate(m0, backend=backend)
+            assert torch.equal(fast(x), want)
+            evit_fast.save(fast, tmp_path / "m.evit")
+            assert torch.equal(evit_fast.load(tmp_path / "m.evit", backend=backend)(x), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        fast = evit_fast.accelerate(m0, backend=backend)
+    assert torch.equal(fast(x), want) and not fast.head.linear.weight.is_inference()
+    fast.train()(images(4, 3, 64, 64)).sum().backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -450,7 +472,12 @@ def test_explain(fast0: FastEfficientVit, m0: EfficientVit):
     assert [row.op for row in rows] == fast0._folded.program.split("\n")
     assert {row.column for row in rows} == {"cpu"} and {row.dtype for row in rows} == {"float32"}
     assert table[0].split() == [field.name for field in dataclasses.fields(rows[0])]
-    assert len({line.index(row.column, len(row.op)) for line, row in zip(table[1:], rows, strict=True)}) == 1
+    assert (
+        len(
+            {line.index(row.column, len(row.op)) for line, row in zip(table[1:], rows, strict=True)}
+        )
+        == 1
+    )
     row = evit_fast.explain(evit_fast.accelerate(m0, backend="reference"))[0]
     assert row.column == "reference" and "asked for" in row.reason
     with pytest.raises(ValueError, match="training"):
