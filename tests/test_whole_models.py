@@ -106,7 +106,7 @@ def test_pixels(isa: str):
 
 
 def test_an_ill_conditioned_network():
-    """Scores of several hundred: eager float32 is off by 1e-5 and more; fused may be by twice that."""
+    """Scores of several hundred: eager float32 is off by over 1e-5, fused may be by twice that."""
     single, double = (EfficientVit(VARIANTS["efficientvit_m2"]).eval() for _ in range(2))
     randomize(single, 0)
     with torch.no_grad():
