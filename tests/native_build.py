@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -19,6 +20,12 @@ def run(*command: object, **options) -> str:
         result.stdout[-2000:] + result.stderr[-4000:]
     )
     return result.stdout
+
+
+def tool(name: str) -> str:
+    """The cmake or ninja that the build uses: the one beside this Python, else the system's."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
 
 
 def compile_cpp(out: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:

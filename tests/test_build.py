@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native_build import ROOT, compile_cpp, isa_objects, run
+from tests.native_build import ROOT, compile_cpp, isa_objects, run, tool
 
 MAPPED = ("kernels", "bench", "profiles")
 
@@ -22,12 +21,6 @@ def isas() -> list[str]:
     text = (ROOT / "csrc/cpu/isa.h").read_text()
     block = re.search(rf"#define EVIT_ISAS_{machine}\(X\)[^#]*", text).group()
     return re.findall(r'X\((\w+), *"', block)
-
-
-def tool(name: str) -> str:
-    """The cmake or ninja that the build uses: the one beside this Python, else the system's."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else name
 
 
 # --- packages
@@ -163,19 +156,3 @@ def test_embedded_source_is_the_file(tmp_path):
     main.write_text(PRINT_SOURCES)
     program = compile_cpp(tmp_path / "print", str(main), str(generated))
     assert run(program) == f"2\na.cuh\n{text}b.cuh\nb\n"
-
-
-# --- other machines
-
-ARM_COMPILER = "aarch64-linux-gnu-g++"
-
-
-@pytest.mark.skipif(shutil.which(ARM_COMPILER) is None, reason=f"{ARM_COMPILER} is not installed")
-def test_c_library_compiles_for_aarch64(tmp_path):
-    target = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64")
-    options = (*target, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}", "-DEVIT_FAST_PYTHON=OFF")
-    # Optimisation changes nothing about what compiles, and takes most of the time.
-    fast = ("-DCMAKE_CXX_FLAGS_RELEASE=-O0", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}")
-    run(tool("cmake"), "-S", ROOT, "-B", tmp_path, "-G", "Ninja", *options, *fast)
-    run(tool("cmake"), "--build", tmp_path, "--parallel", "1")
-    assert (tmp_path / "libevit_fast.a").exists()

@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
+#include <arm_acle.h>
 #include <string.h>
 #include <sys/auxv.h>
 #endif
@@ -65,9 +66,9 @@ __attribute__((target("+crc"))) uint32_t crc32_machine(uint32_t crc, const unsig
   for (; bytes >= 8; bytes -= 8, p += 8) {
     uint64_t word;
     memcpy(&word, p, sizeof word);
-    crc = __builtin_aarch64_crc32x(crc, word);
+    crc = __crc32d(crc, word);
   }
-  for (; bytes > 0; bytes--, p++) crc = __builtin_aarch64_crc32b(crc, *p);
+  for (; bytes > 0; bytes--, p++) crc = __crc32b(crc, *p);
   return crc;
 }
 

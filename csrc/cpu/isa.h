@@ -8,7 +8,9 @@
   X(avx2, "-mavx2 -mfma") \
   X(avx512, "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512")
 
-#define EVIT_ISAS_ARM(X) X(scalar, "")
+#define EVIT_ISAS_ARM(X) \
+  X(scalar, "")          \
+  X(neon, "")
 
 #if defined(__x86_64__)
 #define EVIT_ISAS(X) EVIT_ISAS_X86(X)

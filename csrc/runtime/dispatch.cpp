@@ -29,6 +29,8 @@ bool machine_has(const char* name) {
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            machine_has("avx2");
   }
+#elif defined(__aarch64__)
+  if (std::strcmp(name, "neon") == 0) return true;  // part of every aarch64
 #endif
   return false;
 }
