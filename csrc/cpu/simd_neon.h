@@ -10,8 +10,9 @@ typedef float f32 __attribute__((vector_size(16)));
 typedef float f32_unaligned __attribute__((vector_size(16), aligned(4), may_alias));
 constexpr int kLanes = 4;
 
-// 6x16: 24 accumulators + 4 of B + 1 broadcast = 29 of 32. Two panels would leave 2 rows.
-constexpr int kRows2 = 1, kRows3 = 0, kRows4 = 0, kRows1 = 6;
+// 5x16: 20 accumulators + 4 of B + 5 of A, which GCC loads first, = 29 of 32. Two panels would
+// leave 2 rows.
+constexpr int kRows2 = 1, kRows3 = 0, kRows4 = 0, kRows1 = 5;
 constexpr int kMaxPanels = 3;  // 12 accumulators + 12 of B + 1 broadcast
 constexpr int kDwColumns = 14;
 constexpr int kConv1Channels = 8, kConv1Vectors = 3;
