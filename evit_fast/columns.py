@@ -2,11 +2,13 @@
 
     evit_fast::forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, str backend="auto",
     int threads=0)
- x is [B, in, H, W] where the program starts with `stem` (any strides; uint8 pixels or normalised
+
+x is [B, in, H, W] where the program starts with `stem` (any strides; uint8 pixels or normalised
 float), else [B, H, W, C]. The result is [B, N] logits where the program ends with `classifier`,
 else contiguous [B, H', W', C]; it has x's dtype (uint8: float32) whatever the program computes in,
 and autocast does not reach inside.
- The op has no gradient. Where grad mode is on and x or `anchor` requires grad the result carries a
+
+The op has no gradient. Where grad mode is on and x or `anchor` requires grad the result carries a
 grad_fn whose backward raises: `anchor` is one parameter of the model that owns the weights (the
 blob itself cannot require grad). `threads=0` follows torch.get_num_threads() at each call. The op
 is opaque: torch.compile and torch.export see one node.

@@ -1,6 +1,7 @@
 """EfficientViT that runs as a program of fused ops in evaluation and is the eager model in
 training.
- `accelerate` makes one from any EfficientViT. Weights may change at any time: a forward that would
+
+`accelerate` makes one from any EfficientViT. Weights may change at any time: a forward that would
 use stale ones folds again first (`watch.py` says how it knows, and what it cannot see; `refold()`
 is for that).
 """
@@ -45,9 +46,7 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 class Folded(NamedTuple):
-    """Programs over one blob, and which weights they were made from. Replaced as a whole, never
-    changed.
-    """
+    """Programs over one blob, and the weights they were made from. Replaced whole, not changed."""
 
     program: str  # everything
     features: str  # without the classifier
@@ -61,9 +60,7 @@ class Folded(NamedTuple):
 
 
 class Fused:
-    """Mixed into an eager model: its weights as a program, folded again whenever they may have
-    changed.
-    """
+    """Mixed into an eager model: its weights as a program, folded again when they changed."""
 
     options: Options
     _watch: Watch
@@ -71,8 +68,8 @@ class Fused:
 
     def refold(self) -> None:
         """Folds the weights again. Needed only after writes that torch counts no version for:
-        through `.data` or
-        numpy, `p.data = ...`, or by a fused optimiser while in evaluation."""
+        through `.data` or numpy, `p.data = ...`, or by a fused optimiser while in evaluation.
+        """
         with _lock:
             self._watch.share(self)
             self._folded = self._fold()

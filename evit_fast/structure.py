@@ -1,6 +1,7 @@
 """Reads any EfficientViT, by its structure: timm's, the official code's, ours, and wrappers for
 features.
- `replica()` answers with our eager model that holds a copy of the weights; nothing of the original
+
+`replica()` answers with our eager model that holds a copy of the weights; nothing of the original
 is touched, called or imported. Names say what a tensor is (see `checkpoint.py`), shapes say the
 sizes.
 """
