@@ -37,6 +37,12 @@ def compile_cpp(out: Path, *sources: str, flags: tuple[str, ...] = ()) -> Path:
     return out
 
 
+def allocation_counter(folder: Path) -> Path:
+    """The library that counts the allocations of a process it is preloaded into."""
+    source = "tests/native/count_allocations.cpp"
+    return compile_cpp(folder / "libcount.so", source, flags=("-shared", "-fPIC"))
+
+
 def isa_objects(isa: str) -> list[Path]:
     """The object files of one CPU instruction set in the project's build."""
     found = sorted(TREE.glob(f"CMakeFiles/evit_{isa}.dir/**/*.o"))

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import evit_fast
+from evit_fast import _native
 from evit_fast.bench.weights import randomize
 from evit_fast.fold import build, fold
 from evit_fast.program import run_reference
 from tests.close import budget, relative_error
-from tests.native_build import ROOT, TREE, run, tool
+from tests.native_build import ROOT, TREE, allocation_counter, run, tool
 from tests.ops.columns import blob_of, oracle
 from tests.ops.eager import cases
 
@@ -89,11 +90,11 @@ def player(out: Path, compiler: str, library: Path, *flags: str) -> Path:
     return out
 
 
-def play(command: list, folders: list[Path]) -> set[str]:
+def play(command: list, folders: list[Path], last_line: str = "ok", **env: str) -> set[str]:
     """The instruction sets that played every case."""
-    uncapped = os.environ | {"EVIT_FAST_MAX_THREADS": "256"}
-    *lines, last = run(*command, *folders, env=uncapped).splitlines()
-    assert last == "ok"
+    uncapped = {"EVIT_FAST_MAX_THREADS": "256"}
+    *lines, last = run(*command, *folders, env=os.environ | uncapped | env).splitlines()
+    assert last == last_line
     isas = {line.split()[0] for line in lines}
     assert len(lines) == len(isas) * len(folders)
     return isas
@@ -101,7 +102,9 @@ def play(command: list, folders: list[Path]) -> set[str]:
 
 def test_cases_on_this_machine(tmp_path, folders):
     program = player(tmp_path / "play", "g++", TREE / "libevit_fast.a")
-    assert play([program], folders) == set(evit_fast._native.isas())
+    counter = allocation_counter(tmp_path)
+    isas = play([program], folders, "ok, no allocations", LD_PRELOAD=str(counter))
+    assert isas == set(_native.isas())
 
 
 def test_cases_on_aarch64(tmp_path, folders):

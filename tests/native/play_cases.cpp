@@ -4,7 +4,9 @@
 //            the relative error
 //   program, blob, x (contiguous), y (float64)      or model.evit in the place of program and blob
 // Every instruction set that the machine has runs alone and in a team, on poisoned memory between
-// canaries. Prints a line per folder, then "ok"; or says what does not hold and returns 1.
+// canaries. Prints a line per folder, then "ok"; or says what does not hold and returns 1. With
+// count_allocations.cpp preloaded it also requires that a repeated run allocates nothing, and ends
+// with "ok, no allocations".
 #include <evit_fast.h>
 #include <math.h>
 #include <stdio.h>
@@ -13,6 +15,8 @@
 
 #include <string>
 #include <vector>
+
+extern "C" __attribute__((weak)) long allocations();
 
 namespace {
 
@@ -123,9 +127,14 @@ std::vector<float> run(const Case& c, bool nchw, int threads) {
   const Guarded out(c.want.size()), space(static_cast<size_t>(bytes) / sizeof(float));
   y.data = out.data();
   char err[EVIT_ERROR_BYTES] = "";
-  if (evit_run(c.model, &c.x, &y, space.data(), static_cast<size_t>(bytes), threads, err)) {
-    fail(what, err);
+  long before = 0;
+  for (int i = allocations == nullptr; i < 2; i++) {  // the first may start threads
+    if (allocations != nullptr) before = allocations();
+    if (evit_run(c.model, &c.x, &y, space.data(), static_cast<size_t>(bytes), threads, err)) {
+      fail(what, err);
+    }
   }
+  if (allocations != nullptr && allocations() != before) fail(what, "a run allocates memory");
   if (!out.intact() || !space.intact()) fail(what, "written outside the output or the workspace");
   return {out.data(), out.data() + c.want.size()};
 }
@@ -163,6 +172,6 @@ int main(int argc, char** argv) {
     last = evit_isa();
     for (const Case& c : cases) play(c);
   }
-  puts("ok");
+  puts(allocations == nullptr ? "ok" : "ok, no allocations");
   return 0;
 }
