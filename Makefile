@@ -1,7 +1,9 @@
 # Each target makes the virtual environment it needs under .venv/ and is one line a person could type.
 #   make build   the editable install, incremental        make demo    trains, accelerates and classifies, offline
-#   make test    everything, in at most 9 minutes         make bench   the six models against eager and ONNX Runtime
+#   make test    everything, in at most 9 minutes         make bench   the six models against every peer
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
+#   make bench-quick  two models in 3 minutes             make bench-ops  every op and instruction set
+#   make callgrind    instructions per op: drift above 3 % from the committed counts fails
 PYTHON ?= python3
 PIP = -m pip --disable-pip-version-check -q install
 DEV = .venv/dev/bin
@@ -15,7 +17,7 @@ INPUTS = pyproject.toml Makefile
 CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: build test demo bench lint format clean
+.PHONY: build test demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -29,7 +31,18 @@ demo: .venv/demo/ready
 
 bench: .venv/bench/ready
 	$(BENCH)/python $(PIP) --no-build-isolation --no-deps -e .
-	$(BENCH)/python -m evit_fast.bench.models
+	$(BENCH)/python -m evit_fast.bench.models --threads 1,2
+
+bench-quick: .venv/bench/ready
+	$(BENCH)/python $(PIP) --no-build-isolation --no-deps -e .
+	$(BENCH)/python -m evit_fast.bench.models --model m0,m5 --peers onnxruntime,openvino --rounds 7 --out out/bench
+
+bench-ops: .venv/bench/ready
+	$(BENCH)/python $(PIP) --no-build-isolation --no-deps -e .
+	$(BENCH)/python -m evit_fast.bench.op_runner --peers eager,folded,compile
+
+callgrind: build
+	$(DEV)/python -m evit_fast.bench.callgrind
 
 lint: .venv/lint/ready
 	.venv/lint/bin/ruff check . && .venv/lint/bin/ruff format --check .
@@ -52,7 +65,7 @@ clean:
 
 .venv/dev/ready: PACKAGES = pytest pytest-xdist onnx onnxruntime scikit-learn matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
-.venv/bench/ready: PACKAGES = onnx onnxruntime
+.venv/bench/ready: PACKAGES = onnx onnxruntime openvino litert-torch ai-edge-litert matplotlib pytest pytest-benchmark
 
 .venv/lint/ready: $(INPUTS)
 	$(PYTHON) -m venv .venv/lint

@@ -23,7 +23,7 @@ from typing import Any
 from evit_fast.cli.flags import UsageError, at_least_one
 from evit_fast.config import VARIANTS, resolve
 
-DEFAULT_PEERS = "eager,folded,onnxruntime"
+DEFAULT_PEERS = "eager,folded,jit,compile,onnxruntime,openvino,litert"
 
 
 def model_names(text: str) -> list[str]:
@@ -50,7 +50,9 @@ def numbers(text: str) -> list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="m0..m5", help="m5, m0,m3, m0..m5 (m0..m5)")
-    parser.add_argument("--batch", type=numbers, default=[16], metavar="N,..", help="images (16)")
+    parser.add_argument(
+        "--batch", type=numbers, default=[1, 16], metavar="N,..", help="images (1,16)"
+    )
     parser.add_argument("--threads", type=numbers, default=[1], metavar="N,..", help="threads (1)")
     parser.add_argument(
         "--peers", default=DEFAULT_PEERS, help=f"what to compare with ({DEFAULT_PEERS})"

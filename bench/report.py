@@ -1,7 +1,7 @@
 """What a benchmark of models leaves: CSV rows, JSON with every round, the table on the screen, and
 README's tables, which are made from the CSV between two markers.
 
-    python -m evit_fast.bench.report profiles/results/models-*.csv --readme README.md
+    python -m evit_fast.bench.report profiles/results/{models,ops}-*.csv --readme README.md
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ from typing import Any
 from evit_fast.bench.runner import Cell, Result, spread
 
 BEGIN, END = "<!-- bench:models -->", "<!-- /bench:models -->"
-PEER_TITLES = {"eager": "eager (timm)", "folded": "eager, folded", "onnxruntime": "ONNX Runtime"}
+OPS_BEGIN, OPS_END = "<!-- bench:ops -->", "<!-- /bench:ops -->"
+PEER_TITLES = {
+    "eager": "eager (timm)",
+    "folded": "eager, folded",
+    "jit": "torch.jit, frozen",
+    "compile": "torch.compile",
+    "onnxruntime": "ONNX Runtime",
+    "onnxruntime-streams": "ONNX Runtime, streams",
+    "openvino": "OpenVINO",
+    "openvino-streams": "OpenVINO, streams",
+    "litert": "LiteRT",
+}
 
 
 @dataclass
@@ -176,9 +187,7 @@ def read_csv(paths: Iterable[Path]) -> list[dict[str, str]]:
         with open(path, newline="") as file:
             table.extend(csv.DictReader(file))
     if not table:
-        raise ValueError(
-            "report: the CSV files hold no rows; run `python -m evit_fast.bench.models`"
-        )
+        raise ValueError("report: the CSV files hold no rows; run `evit-fast bench models`")
     return table
 
 
@@ -197,6 +206,17 @@ def _markdown_cell(row: dict[str, str] | None) -> str:
     return f"**{ratio:.2f}×** ({low:.2f}–{high:.2f})"
 
 
+def _best(of_model: dict[str, dict[str, str]]) -> str:
+    """The ratio to the fastest peer, its name and its share of the peak."""
+    timed = [row for row in of_model.values() if row["fused_ratio"] and row["column"] != "fused"]
+    if not timed:
+        return "–"
+    row = min(timed, key=lambda row: float(row["fused_ratio"]))
+    share = f", {float(row['share']):.0%}" if row.get("share") else ""
+    peer = PEER_TITLES.get(row["column"], row["column"])
+    return f"**{float(row['fused_ratio']):.2f}×** ({peer}{share})"
+
+
 def _markdown_table(table: list[dict[str, str]], lines: list[str]) -> None:
     """One machine, batch and thread count: a line per model, a column per peer."""
     first = table[0]
@@ -211,19 +231,21 @@ def _markdown_table(table: list[dict[str, str]], lines: list[str]) -> None:
         f"{first['machine']}. {', '.join(kernels)}. Median (p20–p80) of {first['rounds']} "
         f"alternating rounds, commit {first['commit']}, {first['date']}.",
         "",
-        "| model | fused, images/s | fused, ms | "
+        "| model | fused, images/s | fused, ms | of the FMA peak | over the best peer | "
         + " | ".join(f"over {PEER_TITLES.get(peer, peer)}" for peer in measured)
         + " |",
-        "|---" * (3 + len(measured)) + "|",
+        "|---" * (5 + len(measured)) + "|",
     ]
     for model in dict.fromkeys(row["op"] for row in table):
         of_model = {row["column"]: row for row in table if row["op"] == model}
         fused = of_model.get("fused", {})
-        speed = ("not measured", "not measured")
+        speed = ("not measured",) * 3
         if fused.get("us"):
-            speed = (f"{float(fused['images_per_s']):.0f}", f"{float(fused['us']) / 1e3:.2f}")
+            share = f"{float(fused['share']):.0%}" if fused.get("share") else "–"
+            ms = f"{float(fused['us']) / 1e3:.2f}"
+            speed = (f"{float(fused['images_per_s']):.0f}", ms, share)
         cells = [_markdown_cell(of_model.get(peer)) for peer in measured]
-        lines.append("| " + " | ".join((_short(model), *speed, *cells)) + " |")
+        lines.append("| " + " | ".join((_short(model), *speed, _best(of_model), *cells)) + " |")
     absent = {row["column"]: row["note"] for row in table if row["note"]}
     if absent:
         lines += ["", "; ".join(f"{peer}: {note}" for peer, note in absent.items()) + "."]
@@ -242,26 +264,67 @@ def markdown(table: list[dict[str, str]]) -> str:
     return "\n".join(lines).strip()
 
 
+def markdown_ops(table: list[dict[str, str]]) -> str:
+    """A table per machine and batch: the fused op of the best instruction set, warm."""
+    lines: list[str] = []
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in table:
+        if row["column"] == "fused" and row["cache"] == "warm" and row["us"]:
+            groups.setdefault((row["machine"], row["batch"], row["threads"]), []).append(row)
+    for (machine, batch, threads), rows in groups.items():
+        fastest = rows[-1]["kernel"]  # instruction sets are listed lowest first
+        first = rows[0]
+        lines += [
+            f"Batch {batch}, {threads} thread{'s' if threads != '1' else ''}, {first['dtype']}, "
+            f"{fastest}. {machine}. Commit {first['commit']}, {first['date']}.",
+            "",
+            "| op | case | µs | GFLOP/s | GB/s | of the nearer ceiling | over eager |",
+            "|---" * 7 + "|",
+        ]
+        for row in rows:
+            if row["kernel"] != fastest:
+                continue
+            bound = "FMA" if row["bound"] == "fma" else f"{row['bound']} bandwidth"
+            ratio = f"{float(row['ratio_to_eager']):.2f}×" if row["ratio_to_eager"] else "–"
+            lines.append(
+                f"| {row['op']} | {row['case']} | {float(row['us']):.1f} | "
+                f"{float(row['gflops']):.0f} | {float(row['gbs']):.1f} | "
+                f"{float(row['share']):.0%} of {bound} | {ratio} |"
+            )
+        lines.append("")
+    return "\n".join(lines).strip()
+
+
 def update_readme(text: str, table: list[dict[str, str]]) -> str:
-    """`text` with what stands between the two markers replaced. ValueError without the markers."""
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+    """`text` with what stands between the markers of the table's kind replaced (rows of ops have a
+    `case`). ValueError without the markers."""
+    of_ops = "case" in table[0]
+    begin, end = (OPS_BEGIN, OPS_END) if of_ops else (BEGIN, END)
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"report: the README needs the lines {BEGIN} and {END}, in this order")
-    return f"{before}{BEGIN}\n{markdown(table)}\n{END}{after}"
+        raise ValueError(f"report: the README needs the lines {begin} and {end}, in this order")
+    return f"{before}{begin}\n{markdown_ops(table) if of_ops else markdown(table)}\n{end}{after}"
+
+
+def _kinds(paths: Sequence[Path]) -> list[list[Path]]:
+    """Files of ops and files of models, apart."""
+    ops = [path for path in paths if path.name.startswith("ops-")]
+    return [kind for kind in ([path for path in paths if path not in ops], ops) if kind]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="evit_fast.bench.report", description=__doc__)
-    parser.add_argument("csv", nargs="+", type=Path, help="CSV files of evit_fast.bench.models")
+    parser.add_argument("csv", nargs="+", type=Path, help="CSV files of models and of ops")
     parser.add_argument("--readme", type=Path, help="file to update (default: print the tables)")
     args = parser.parse_args(argv)
     try:
-        table = read_csv(args.csv)
-        if args.readme is None:
-            print(markdown(table))
-        else:
-            args.readme.write_text(update_readme(args.readme.read_text(), table))
+        for paths in _kinds(args.csv):
+            table = read_csv(paths)
+            if args.readme is None:
+                print(markdown_ops(table) if "case" in table[0] else markdown(table))
+            else:
+                args.readme.write_text(update_readme(args.readme.read_text(), table))
     except (OSError, ValueError) as error:
         print(f"report: {str(error).removeprefix('report: ')}", file=sys.stderr)
         return 2

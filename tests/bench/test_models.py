@@ -155,7 +155,8 @@ def test_readme_between_its_markers(tmp_path) -> None:
     text = readme.read_text()
     assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
     assert "old" not in text
-    assert "| M0 | 20000 | 0.20 | **2.00×** (2.00–2.60) |" in text
+    best = "**2.00×** (eager (timm), 17%)"
+    assert f"| M0 | 20000 | 0.20 | 50% | {best} | **2.00×** (2.00–2.60) |" in text
     assert "a machine" in text and "commit abc, 2026-01-02" in text
     assert "openvino: openvino is not installed." in text
     assert report.main([str(path), "--readme", str(readme)]) == 0

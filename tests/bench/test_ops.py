@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from evit_fast import _native
+from evit_fast.bench import callgrind, ceilings, op_runner, report
 from evit_fast.bench import cases as bench_cases
-from evit_fast.bench import ceilings, op_runner
 from evit_fast.export import relative_error
 from evit_fast.fold import fold
 
@@ -105,6 +105,12 @@ def test_one_run(tmp_path, capsys) -> None:
         assert float(row["ratio_to_eager"]) > 0 and row["ratio_to_compile"] == ""
     assert {row["case"] for row in rows if row["op"] == "cga"} == {"M0.1", "M0.2", "M0.3"}
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.OPS_BEGIN}\nold\n{report.OPS_END}\nafter\n")
+    assert report.main([str(path), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.endswith(f"{report.OPS_END}\nafter\n")
+    assert text.count("| cga | M0.") == 3 and text.count("| classifier | M0 |") == 1
 
 
 def test_a_wrong_output_is_not_timed(tmp_path, monkeypatch) -> None:
@@ -151,3 +157,24 @@ def test_ceiling_refuses() -> None:
         _native.ceiling("fma", "sse9", 1)
     with pytest.raises(ValueError, match="read needs a buffer of at least 1024 bytes"):
         _native.ceiling("read", isa, 1)
+
+
+def test_callgrind_drift() -> None:
+    def row(shape: str, instructions: object, compiler: str = "g++ 12") -> dict:
+        return {"op": "cga", "case": "M0.1", "shape": shape, "instructions": instructions,
+                "compiler": compiler}  # fmt: skip
+
+    before = [row("a", "1000"), row("b", "1000"), row("c", "1000", "g++ 9")]
+    now = [row("a", 1029), row("b", 969), row("c", 1500), row("d", 1)]
+    said = callgrind.drift(now, before)
+    assert said == [
+        "cga M0.1: 969 instructions, -3.1% from 1000",
+        "cga M0.1: 1500 instructions, +50.0% from 1000 (was g++ 9)",
+        "cga M0.1: no committed count; write it with --write",
+    ]
+
+
+def test_committed_counts_cover_every_shape() -> None:
+    with open(callgrind.RESULT, newline="") as file:
+        known = {(row["op"], row["case"]) for row in csv.DictReader(file)}
+    assert known == {(op, case.name) for op in OPS for case in bench_cases.cases(op)}

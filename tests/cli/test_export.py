@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-
 import torch
 
 import evit_fast
 from evit_fast.bench.weights import randomize
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
