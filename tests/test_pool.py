@@ -1,7 +1,11 @@
-"""The thread pool: the C++ test under sanitizers, and unloading the code its threads sleep in."""
+"""The thread pool: the C++ test under sanitizers, unloading the code its threads sleep in, a model
+in many threads and after a fork, and how many threads run.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -130,3 +134,38 @@ print("ok")
 def test_model_in_many_threads_and_processes(script):
     options = ("-W", "ignore::DeprecationWarning")  # Python's own warning about fork with threads
     assert run(sys.executable, *options, "-c", MODEL + script, cwd="/", timeout=120) == "ok\n"
+
+
+# One processor is allowed and three threads are asked for.
+LIMIT = """
+import os, sys, torch
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from evit_fast import _native
+line = "classifier C=64 N=16 at=0"
+blob = torch.zeros(_native.op_bytes(line), dtype=torch.uint8)
+m = _native.Model(line, blob.data_ptr(), blob.numel())
+sizes = [m.workspace_bytes(8, 7, 7, threads) for threads in (1, 2, 3)]
+x, y = torch.zeros(8, 7, 7, 64), torch.zeros(8, 16)
+space = torch.zeros(sizes[2] // 4 + 16)
+at = space.data_ptr() + -space.data_ptr() % 64
+before = len(os.listdir("/proc/self/task"))
+m.run(x.data_ptr(), "float32", x.shape, x.stride(), y.data_ptr(), at, sizes[2], 3)
+print(len(os.listdir("/proc/self/task")) - before + 1, *sizes)
+"""
+
+
+@pytest.mark.parametrize(("limit", "want"), [("", 1), ("2", 2), ("256", 3)])
+def test_no_more_threads_than_processors(limit, want):
+    env = os.environ | {"EVIT_FAST_MAX_THREADS": limit}
+    threads, *sizes = map(int, run(sys.executable, "-c", LIMIT, cwd="/", env=env).split())
+    assert threads == want
+    assert sizes[2] == sizes[want - 1]
+
+
+@pytest.mark.parametrize("limit", ["0", "257", "two"])
+def test_limit_of_threads_that_is_no_number(limit):
+    env = os.environ | {"EVIT_FAST_MAX_THREADS": limit}
+    command = [sys.executable, "-c", LIMIT]
+    result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=env)
+    assert result.returncode == 1
+    assert "RuntimeError: EVIT_FAST_MAX_THREADS: expected a number from 1 to 256" in result.stderr
