@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -28,9 +31,7 @@ def weights(name: str) -> Path:
             return path
     repository = f"timm/{name}.r224_in1k"
     try:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(repository, "model.safetensors"))
+        return _download(repository, "model.safetensors")
     except ImportError:
         reason = "huggingface_hub is not installed"
     except Exception as error:  # the hub client raises many kinds, for the network and for HTTP
@@ -40,3 +41,16 @@ def weights(name: str) -> Path:
         f"{repository} from the Hugging Face hub and put it at "
         f"{folder() / (name + SUFFIXES[0])}, or pass the file as checkpoint="
     )
+
+
+def _download(repository: str, file: str) -> Path:
+    """The file in the hub client's cache, downloaded when needed."""
+    import huggingface_hub as hub
+
+    cached = hub.try_to_load_from_cache(repository, file)
+    if isinstance(cached, str):
+        return Path(cached)
+    if not urllib.request.getproxies():
+        # Offline, the client tries for half a minute; a name that does not resolve says it at once.
+        socket.getaddrinfo(urlsplit(hub.constants.ENDPOINT).hostname, None)
+    return Path(hub.hf_hub_download(repository, file))

@@ -489,9 +489,11 @@ def test_a_missing_file_is_an_oserror(tmp_path: Path) -> None:
 # ---- the hub
 
 
-def fake_hub(monkeypatch: pytest.MonkeyPatch, download) -> None:
+def fake_hub(monkeypatch: pytest.MonkeyPatch, download, cached=None, host="localhost") -> None:
     module = types.ModuleType("huggingface_hub")
     module.hf_hub_download = download
+    module.try_to_load_from_cache = lambda *args: cached
+    module.constants = types.SimpleNamespace(ENDPOINT=f"https://{host}")
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
 
 
@@ -511,6 +513,22 @@ def test_pretrained_offline_says_what_to_do(monkeypatch, tmp_path: Path) -> None
     for e in (error, missing):
         assert "model.safetensors of timm/efficientvit_m0.r224_in1k" in str(e.value)
         assert place in str(e.value)
+
+
+def test_a_cached_file_is_used_and_an_unknown_host_asks_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("EVIT_FAST_WEIGHTS", str(tmp_path))
+    for proxy in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+        monkeypatch.delenv(proxy.upper(), raising=False)
+    asked = []
+    fake_hub(
+        monkeypatch, lambda *args: asked.append(args), cached="/cached", host="nowhere.invalid"
+    )
+    assert str(hub.weights("efficientvit_m0")) == "/cached"
+    fake_hub(monkeypatch, lambda *args: asked.append(args), host="nowhere.invalid")
+    with pytest.raises(RuntimeError, match="hub did not answer"):
+        hub.weights("efficientvit_m0")
+    assert not asked
 
 
 def test_pretrained_weights_and_a_new_head(monkeypatch, tmp_path: Path) -> None:
