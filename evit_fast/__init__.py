@@ -51,8 +51,8 @@ def __getattr__(name: str) -> Any:
             return importlib.import_module(f"{__name__}._native")
         except ModuleNotFoundError:
             raise ImportError(
-                "evit_fast: the native library is not built for this Python; run `make build` in the "
-                "source folder, or `pip install .`"
+                "evit_fast: the native library is not built for this Python; run `make build` in "
+                "the source folder, or `pip install .`"
             ) from None
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

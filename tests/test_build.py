@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import evit_fast
 from tests.native_build import ROOT, compile_cpp, isa_objects, run, tool
 
 MAPPED = ("kernels", "bench", "profiles")
@@ -156,3 +157,10 @@ def test_embedded_source_is_the_file(tmp_path):
     main.write_text(PRINT_SOURCES)
     program = compile_cpp(tmp_path / "print", str(main), str(generated))
     assert run(program) == f"2\na.cuh\n{text}b.cuh\nb\n"
+
+
+def test_a_missing_native_library_is_one_sentence(monkeypatch):
+    monkeypatch.delattr(evit_fast, "_native", raising=False)
+    monkeypatch.setitem(sys.modules, "evit_fast._native", None)
+    with pytest.raises(ImportError, match="run `make build`"):
+        from evit_fast import _native  # noqa: F401
