@@ -12,13 +12,14 @@ ops-<machine>.csv and a picture under --out.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -295,19 +296,43 @@ def _wanted(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     return models, isas
 
 
+@contextlib.contextmanager
+def _settled(threads: int) -> Iterator[None]:
+    """The process on `threads` cores of its own; cores, torch's threads and the instruction set are
+    put back behind it."""
+    import torch
+
+    from evit_fast import _native
+    from evit_fast.bench import machine
+
+    pinned = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    before = torch.get_num_threads(), _native.isa()
+    torch.set_num_threads(threads)
+    if cpus := machine.cores(threads):
+        os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        if pinned:
+            os.sched_setaffinity(0, pinned)
+        torch.set_num_threads(before[0])
+        _native.set_max_isa(before[1])
+
+
 def run(args: argparse.Namespace) -> int:
     """0: everything measured; 1: something failed or was wrong."""
     models, isas = _wanted(args)
+    with _settled(args.threads):
+        return _run(args, models, isas)
+
+
+def _run(args: argparse.Namespace, models: list[str], isas: list[str]) -> int:
     import numpy as np
-    import torch
 
     from evit_fast.bench import machine, plots
     from evit_fast.bench.cases import cases
     from evit_fast.bench.ceilings import Meter
 
-    torch.set_num_threads(args.threads)
-    if cpus := machine.cores(args.threads):
-        os.sched_setaffinity(0, cpus)
     stamp = {
         "machine": machine.describe(),
         "commit": machine.commit(),

@@ -67,7 +67,10 @@ class Peer(NamedTuple):
 
 
 def environment(peer: Peer, threads: int, isa: str) -> dict[str, str]:
-    """What a process of `peer` runs under."""
+    """What a process of `peer` runs under. An instruction set is capped by EVIT_FAST_MAX_ISA here,
+    by ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS in torch, by the second
+    of them in OpenVINO, whose compiled model is asked what it runs; the others have no such switch.
+    """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     found = dict.fromkeys(names, str(threads))
     if isa:

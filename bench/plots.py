@@ -111,17 +111,11 @@ def draw_models(path: Path) -> str:
     return _say(made)
 
 
-def draw_ops(path: Path) -> str:
-    """Of ops-*.csv: -share.png, each op's share of the nearer ceiling by column."""
-    plt = _pyplot()
-    if plt is None:
-        return "; no pictures: matplotlib is not installed"
-    rows = [row for row in _read(path) if row["share"]]
+def _shares(plt: Any, rows: list[dict[str, str]], path: Path) -> Path:
+    """A line of dots per op and shape, a colour per column."""
     cases = list(dict.fromkeys((row["op"], row["case"]) for row in rows))
     columns = list(dict.fromkeys((row["column"], row["kernel"]) for row in rows))
-    if not cases:
-        return ""
-    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.28 * len(cases)))
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.25 * len(cases)))
     for column, kernel in columns:
         of = {
             (row["op"], row["case"]): row
@@ -133,9 +127,30 @@ def draw_ops(path: Path) -> str:
         axis.plot(values, at, "o", label=f"{column} {kernel}" if column == "fused" else column)
     axis.set_yticks(range(len(cases)), [f"{op} {case}" for op, case in cases], fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlim(0, 105)
+    axis.set_xlim(left=0)
+    axis.axvline(100, color="black", linewidth=0.8)
     axis.grid(alpha=0.3)
     axis.set_xlabel("% of the nearer of the two ceilings: multiply-adds, bytes")
     axis.legend(fontsize=8)
-    axis.set_title(rows[0]["machine"], fontsize=9)
-    return _say([_save(plt, figure, path.with_name(f"{path.stem}-share.png"))])
+    first = rows[0]
+    axis.set_title(
+        f"batch {first['batch']}, {first['threads']} thread(s), {first['cache']}, "
+        f"{first['dtype']}\n{first['machine']}, {first['date']}",
+        fontsize=9,
+    )
+    return _save(plt, figure, path)
+
+
+def draw_ops(path: Path) -> str:
+    """Of ops-*.csv: -share-b<batch>-<cache>.png, each op's share of the nearer ceiling."""
+    plt = _pyplot()
+    if plt is None:
+        return "; no pictures: matplotlib is not installed"
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in _read(path):
+        if row["share"]:
+            groups.setdefault((row["batch"], row["cache"]), []).append(row)
+    return _say([
+        _shares(plt, rows, path.with_name(f"{path.stem}-share-b{batch}-{cache}.png"))
+        for (batch, cache), rows in groups.items()
+    ])  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -85,13 +86,9 @@ def test_specs_name_every_op_of_a_model(name: str) -> None:
 def test_one_run(tmp_path, capsys) -> None:
     """Every variant checked and timed, warm and cold; CSV and screen agree."""
     argv = [*QUICK, "--op", "cga,classifier", "--cache", "warm,cold", "--out", str(tmp_path)]
-    before = _native.isa()
-    threads = torch.get_num_threads()
-    try:
-        assert op_runner.main(argv) == 0
-    finally:
-        _native.set_max_isa(before)
-        torch.set_num_threads(threads)
+    before = _native.isa(), torch.get_num_threads(), os.sched_getaffinity(0)
+    assert op_runner.main(argv) == 0
+    assert (_native.isa(), torch.get_num_threads(), os.sched_getaffinity(0)) == before
     (path,) = tmp_path.glob("ops-*.csv")
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -116,11 +113,7 @@ def test_one_run(tmp_path, capsys) -> None:
 def test_a_wrong_output_is_not_timed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(op_runner, "FUSED_BOUND", 1e-12)
     argv = [*QUICK, "--op", "classifier", "--isa", "scalar", "--peers", "", "--out", str(tmp_path)]
-    before = _native.isa()
-    try:
-        assert op_runner.main(argv) == 1
-    finally:
-        _native.set_max_isa(before)
+    assert op_runner.main(argv) == 1
     (path,) = tmp_path.glob("ops-*.csv")
     (row,) = csv.DictReader(path.read_text().splitlines())
     assert row["us"] == "" and "off by" in row["note"]
