@@ -14,7 +14,7 @@ TIMM = timm==1.0.31
 OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
 INPUTS = pyproject.toml Makefile
-CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'bench/*.cpp' 'tests/*.cpp' 'tests/*.h')
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: build test demo bench bench-quick bench-ops callgrind lint format clean
