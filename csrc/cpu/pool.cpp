@@ -75,6 +75,7 @@ struct Pool {
   TeamFn fn;
   void* ctx;
   int size;
+  int caller_cpu;   // where rank 0 runs; -1 when there are more ranks than cores
   int64_t spin_ns;  // 0 when there are more ranks than cores: spinning would keep the others from
                     // running
 
@@ -90,6 +91,17 @@ void signal_worker(Worker* worker, State state) {
   if (worker->state.exchange(state, std::memory_order_acq_rel) == kAsleep) {
     futex_wake(&worker->state);
   }
+}
+
+// A thread often wakes on the processor of the one that woke it, and stays there as long as the
+// others are not idle: two ranks then take turns. Leaves the processor, free to come back later.
+void leave(int cpu) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
 }
 
 void wake_children(int rank, int size) {
@@ -121,6 +133,7 @@ void* worker_main(void* arg) {
     const int size = g_pool.size;
     spin_ns = g_pool.spin_ns;
     wake_children(rank, size);
+    if (sched_getcpu() == g_pool.caller_cpu) leave(g_pool.caller_cpu);
     fn(ctx, rank, size);
     if (g_pool.pending.fetch_sub(1, std::memory_order_acq_rel) == (kCallerAsleep | 1)) {
       futex_wake(&g_pool.pending);
@@ -205,6 +218,7 @@ void pool_run(int threads, TeamFn fn, void* ctx) {
   g_pool.ctx = ctx;
   g_pool.size = size;
   g_pool.spin_ns = size <= g_pool.cpus ? kSpinNs : 0;
+  g_pool.caller_cpu = size <= g_pool.cpus ? sched_getcpu() : -1;
   g_pool.pending.store(static_cast<uint32_t>(size - 1), std::memory_order_relaxed);
   wake_children(0, size);
   fn(ctx, 0, size);
@@ -221,14 +235,15 @@ void SpinBarrier::wait(int size) {
     __atomic_store_n(&generation_, generation + 1, __ATOMIC_RELEASE);
     return;
   }
-  // Ranks that share a processor would spin away the other's time at each of a hundred barriers:
-  // once a wait was in vain, all that follow yield at once.
-  const bool crowded = size > g_pool.cpus || __atomic_load_n(&crowded_, __ATOMIC_RELAXED);
-  for (int i = 0; i < (crowded ? 0 : kSpins); i++) {
+  // Ranks that share a processor would spin away each other's time at every one of a hundred
+  // barriers: a wait in vain halves those that follow. (The first may be one for a rank that
+  // wakes.)
+  const unsigned vain = size > g_pool.cpus ? 31 : __atomic_load_n(&vain_, __ATOMIC_RELAXED);
+  for (int i = 0; i < kSpins >> vain; i++) {
     if (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) != generation) return;
     cpu_pause();
   }
-  if (!crowded) __atomic_store_n(&crowded_, true, __ATOMIC_RELAXED);
+  if (vain < 31) __atomic_store_n(&vain_, vain + 1, __ATOMIC_RELAXED);
   while (__atomic_load_n(&generation_, __ATOMIC_ACQUIRE) == generation) sched_yield();
 }
 
