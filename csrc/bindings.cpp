@@ -11,6 +11,7 @@
 #include "common/crc32.h"
 #include "common/grammar.h"
 #include "common/layout.h"
+#include "common/pages.h"
 #include "evit_fast.h"
 #include "runtime/ceilings.h"
 #include "runtime/dispatch.h"
@@ -225,6 +226,22 @@ class File {
   evit::EvitFile file_{};
 };
 
+// Zeroed bytes on 2 MiB pages, freed with the object.
+class Pages {
+ public:
+  explicit Pages(size_t bytes) : bytes_(bytes), memory_(evit::pages_alloc(bytes)) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  ~Pages() { evit::pages_free(memory_, bytes_); }
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  py::buffer_info buffer() { return py::buffer_info((unsigned char*)memory_, (py::ssize_t)bytes_); }
+
+ private:
+  size_t bytes_;
+  void* memory_;
+};
+
 uint32_t crc32(const py::buffer& data, uint32_t seed) {
   const py::buffer_info info = data.request();
   const size_t bytes = (size_t)(info.size * info.itemsize);
@@ -289,6 +306,10 @@ PYBIND11_MODULE(_native, m) {
   py::class_<File>(m, "File", py::buffer_protocol())
       .def_property_readonly("metadata", &File::metadata)
       .def_buffer(&File::buffer);
+  py::class_<Pages>(m, "Pages", py::buffer_protocol(),
+                    "Zeroed bytes on 2 MiB pages where the system gives them.")
+      .def(py::init<size_t>(), py::arg("nbytes"))
+      .def_buffer(&Pages::buffer);
   m.def(
       "read_file", [](const std::string& path) { return std::make_unique<File>(path); },
       py::arg("path"), "Maps a saved model; ValueError names what is wrong with it.");

@@ -53,7 +53,8 @@ def build(folded: Folded, dtype: torch.dtype = torch.float32) -> tuple[str, torc
     for shape, _ in folded:
         lines.append(shape.line(at, dtype))
         at += _native.op_bytes(lines[-1])
-    blob = torch.zeros(at, dtype=torch.uint8)
+    # 2 MiB pages: a forward of one image walks through all weights (4 to 11 % of its time).
+    blob = torch.frombuffer(_native.Pages(max(at, 64)), dtype=torch.uint8)[:at]
     for line, (_, weights) in zip(lines, folded, strict=True):
         pack(line, weights, blob)
     return "\n".join(lines), blob
