@@ -215,3 +215,27 @@ def test_export_decomposes(fast: FastEfficientVit):
     exported = exported.run_decompositions()
     x = images(1, 3, 224, 224)
     assert torch.equal(exported.module()(x), fast(x))
+
+
+def test_who_observes_sees_the_op():
+    """The way past the dispatcher is for when nobody looks: profilers, modes and traces see it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    fast = evit_fast.accelerate(randomize(evit_fast.create_model("m0", num_classes=10), 0))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        plain = fast(x)
+        with torch.profiler.profile() as profile:
+            assert torch.equal(fast(x), plain)
+        assert any(e.key == "evit_fast::forward" for e in profile.key_averages())
+        names: list[str] = []
+        with Seen():
+            assert torch.equal(fast(x), plain)
+        assert any("evit_fast.forward" in name for name in names)
+        traced = torch.jit.trace(fast, x, check_trace=False)
+        assert "evit_fast::forward" in str(traced.inlined_graph)
