@@ -63,7 +63,7 @@ clean:
 	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
 	touch $@
 
-.venv/dev/ready: PACKAGES = pytest pytest-xdist onnx onnxruntime scikit-learn matplotlib
+.venv/dev/ready: PACKAGES = pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
 .venv/bench/ready: PACKAGES = onnx onnxruntime openvino litert-torch ai-edge-litert matplotlib pytest pytest-benchmark
 

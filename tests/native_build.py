@@ -12,7 +12,8 @@ TREE = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"  # as in s
 
 
 def run(*command: object, **options) -> str:
-    """Runs a command that must succeed and returns what it printed."""
+    """Runs a command that must succeed within 5 minutes and returns what it printed."""
+    options = {"timeout": 300} | options
     result = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, **options
     )

@@ -15,7 +15,7 @@ from tests.native_build import compile_cpp, run
 POOL = "csrc/cpu/pool.cpp"
 TEST = "tests/native/pool_test.cpp"
 # Sanitizers follow no forks: with threads, fork leaves theirs in an undefined state.
-WITHIN_ONE_PROCESS = ("sizes", "barrier", "callers", "nested")
+WITHIN_ONE_PROCESS = ("sizes", "barrier", "restless", "callers", "nested")
 
 
 @pytest.mark.parametrize(

@@ -147,14 +147,13 @@ void wait_for_workers() {
     left = g_pool.pending.load(std::memory_order_acquire);
     return left == 0;
   });
-  while (left != 0) {
+  while ((left & ~kCallerAsleep) != 0) {
     if (!g_pool.pending.compare_exchange_weak(left, left | kCallerAsleep,
                                               std::memory_order_acq_rel)) {
       continue;
     }
     futex_wait(&g_pool.pending, left | kCallerAsleep);
     left = g_pool.pending.load(std::memory_order_acquire);
-    if (left == kCallerAsleep) left = 0;
   }
 }
 
