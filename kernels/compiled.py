@@ -1,0 +1,353 @@
+"""What the compiler makes of every kernel, for cards that are not there.
+
+    python -m evit_fast.kernels.compiled --op cga --arch 80,90 --dtype float16 [--write]
+
+A `Launch` is compiled as a launch on a card would compile it: the same signature, constants,
+alignments and options, so the same binary. Registers, stack, shared memory and instruction counts
+are read from that binary. `compiled.csv` keeps the numbers of one Triton version; the compile tests
+fail when they drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import csv
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import compute_cache_key, create_function_from_signature
+
+from evit_fast import _native, program
+from evit_fast.config import VARIANTS, Config
+from evit_fast.kernels.launches import INTERPRETED, TYPES, Launch
+from evit_fast.ops import OPS, cga, classifier, dw_ffn, patch_merge, stem
+from evit_fast.ops.line import LineShape, dtype_name
+
+ARCHS = (80, 86, 89, 90, 100, 120)
+DTYPES = tuple(TYPES)
+# Shared memory that one block can have, bytes (CUDA C++ Programming Guide, compute capabilities).
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+SHARED_LIMIT = {arch: kib << 10 for arch, kib in SHARED_LIMIT.items()}
+BATCHES = (1, 8, 64, 2048)  # every shape class that the number of images can lead to
+IMAGE, CLASSES = 224, 1000
+TABLE = Path(__file__).with_suffix(".csv")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Matrix instructions of sm_80, 86, 89, 120 (HMMA), 90 (HGMMA), 100 (UTCHMMA); FFMA is none.
+COUNTED = {"mma": r"(?:HMMA|HGMMA|UTC\w*MMA)", "ffma": "FFMA", "local": "(?:LDL|STL)"}
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel uses. stack: bytes a thread; local: loads from and stores to that
+    stack, spills among them; mma, ffma: instructions in the code, not executed ones.
+    """
+
+    registers: int
+    stack: int
+    shared_bytes: int
+    mma: int
+    ffma: int
+    local: int
+    seconds: float  # of compilation, near 0 when Triton's cache had it
+
+    @property
+    def spills(self) -> int:
+        return self.local
+
+
+class Special(NamedTuple):
+    """One binary: the launch that needs it, and the first shape, map and batch that lead to it."""
+
+    op: str
+    shape: LineShape
+    side: int  # of the input map
+    batch: int
+    launch: Launch
+
+
+@cache
+def _backend(arch: int) -> Any:
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and nothing can be compiled; unset it")
+    return make_backend(GPUTarget("cuda", arch, 32))
+
+
+@cache
+def _binder(kernel: Any, arch: int) -> Any:
+    return create_function_from_signature(kernel.signature, kernel.params, _backend(arch))
+
+
+def _bind(launch: Launch, arch: int) -> tuple[dict, dict, list, dict]:
+    """As JITFunction.run() does before it looks into its cache. Meta tensors have address 0 plus
+    their offset, so they are as aligned as what torch allocates.
+    """
+    kernel, _, args, constexprs, config = launch
+    options = {
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "debug": False,
+        "instrumentation_mode": "",
+    }
+    given = {**constexprs, **config.tiles, **options}
+    bound, special, rest = _binder(kernel, arch)(*args.values(), **given)
+    return given, bound, special, rest
+
+
+def cache_key(launch: Launch, arch: int) -> str:
+    """Equal for two launches exactly where Triton compiles once for both."""
+    _, _, special, options = _bind(launch, arch)
+    return f"{launch.kernel.fn.__name__} {compute_cache_key({}, special, options)}"
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compiles for sm_<arch>, no card needed. Tensors may be on the meta device."""
+    given, bound, special, rest = _bind(launch, arch)
+    options, signature, constants, attrs = launch.kernel._pack_args(
+        _backend(arch), given, bound, special, rest
+    )
+    start = time.perf_counter()
+    built = triton.compile(
+        ASTSource(launch.kernel, signature, constants, attrs),
+        target=GPUTarget("cuda", arch, 32),
+        options=options.__dict__,
+    )
+    return _resources(built, time.perf_counter() - start)
+
+
+def _resources(built: Any, seconds: float) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(built.asm["cubin"])
+        f.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", f.name)
+        code = _tool("nvdisasm", "-c", f.name)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    count = {name: len(re.findall(rf"\b{op}\b", code)) for name, op in COUNTED.items()}
+    return Resources(registers, stack, built.metadata.shared, **count, seconds=seconds)
+
+
+def _tool(name: str, *args: str) -> str:
+    done = subprocess.run([TOOLS / name, *args], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} {' '.join(args)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def model_ops(config: Config, image: int = IMAGE) -> Iterator[tuple[LineShape, int]]:
+    """(shape, side of its input map) of every op of a model, in order."""
+    yield stem.Shape(3, config.embed_dim[0]), image
+    side, _ = stem.out_hw(image, image)
+    stages = zip(config.embed_dim, config.depth, config.num_heads, strict=True)
+    before = None
+    for C, depth, heads in stages:
+        if before:
+            yield dw_ffn.Shape(before, 2 * before), side
+            yield patch_merge.Shape(before, 4 * before, before, C), side
+            side, _ = patch_merge.out_hw(side, side)
+            yield dw_ffn.Shape(C, 2 * C), side
+        for _ in range(depth):
+            yield dw_ffn.Shape(C, 2 * C), side
+            ks = config.kernels[:heads]
+            yield cga.Shape(C, heads, config.key_dim, min(config.window, side), ks), side
+            yield dw_ffn.Shape(C, 2 * C), side
+        before = C
+    yield classifier.Shape(before, CLASSES), side
+
+
+def shapes(op: str) -> list[tuple[LineShape, int]]:
+    """Every different (shape, side of its input map) that an op has in M0 .. M5."""
+    found = (o for config in VARIANTS.values() for o in model_ops(config) if o[0].op == op)
+    return list(dict.fromkeys(found))
+
+
+def plan(
+    s: LineShape,
+    dtype: torch.dtype,
+    B: int,
+    H: int,
+    W: int,
+    arch: int,
+    x_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> list[Launch]:
+    """The launches of one call, on meta tensors. x_dtype: of the input, the op's own unless given;
+    the output has it too (uint8: the op's). options: deterministic, config. ValueError: the op
+    does not run so.
+    """
+    kernels = importlib.import_module(f"evit_fast.kernels.{s.op}")
+    if why := kernels.supports(s, dtype, arch):
+        raise ValueError(why)
+    meta, x_dtype = torch.device("meta"), x_dtype or dtype
+    y_dtype = dtype if x_dtype == torch.uint8 else x_dtype
+    line = s.line(0, dtype)
+    blob = torch.empty(_native.op_bytes(line), dtype=torch.uint8, device=meta)
+    packed = kernels.prepare(program.unpack(program.parse(line)[0], blob), s, dtype)
+    x_shape = (B, s.channels_in, H, W) if s.op == "stem" else (B, H, W, s.channels_in)
+    x = torch.empty(x_shape, dtype=x_dtype, device=meta)
+    y_shape = (B, *OPS[s.op].out_hw(H, W), s.channels_out)
+    y = torch.empty(y_shape, dtype=y_dtype, device=meta)
+    nbytes = kernels.scratch(s, dtype, B, H, W)
+    space = torch.empty(nbytes, dtype=torch.uint8, device=meta) if nbytes else None
+    return kernels.plan(y, x, packed, s, space, arch=arch, **options)
+
+
+def every_launch(op: str, dtype: torch.dtype, arch: int) -> Iterator[Special]:
+    """Every launch of M0 .. M5 at 224 pixels and at every batch of BATCHES, with its op's dtype
+    inside and out; stems for uint8 pixels too. Many are one binary: see `binaries`.
+    """
+    for s, side in shapes(op):
+        for B in BATCHES:
+            for deterministic in (False, True):
+                for x_dtype in (dtype, torch.uint8)[: 2 if op == "stem" else 1]:
+                    for launch in plan(
+                        s, dtype, B, side, side, arch, x_dtype, deterministic=deterministic
+                    ):
+                        yield Special(op, s, side, B, launch)
+
+
+@cache
+def binaries(op: str, dtype: torch.dtype, arch: int) -> tuple[Special, ...]:
+    """every_launch without those that Triton would not compile again."""
+    found: dict[str, Special] = {}
+    for special in every_launch(op, dtype, arch):
+        found.setdefault(cache_key(special.launch, arch), special)
+    return tuple(found.values())
+
+
+KEY = ("op", "kernel", "shape", "batch", "dtype", "arch", "tiles")
+VALUES = ("registers", "stack", "shared_bytes", "mma", "local")
+
+
+def row_key(special: Special, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
+    """What names a row of the table: the fields of KEY as text."""
+    op, s, side, batch, (kernel, _, args, _, config) = special
+    shape = " ".join(s.line().split(" ")[1:-1]) + f" {side}x{side}"
+    if any(t.dtype == torch.uint8 for t in args.values() if isinstance(t, torch.Tensor)):
+        shape += " pixels"
+    tiles = " ".join(f"{name}={value}" for name, value in config.tiles.items())
+    tiles = f"{tiles} warps={config.num_warps} stages={config.num_stages}".strip()
+    name = kernel.fn.__name__
+    return op, name, shape, str(batch), dtype_name(dtype), str(arch), tiles
+
+
+def row_values(r: Resources) -> tuple[str, ...]:
+    return tuple(str(getattr(r, name)) for name in VALUES)
+
+
+def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, ...], tuple[str, ...]]]:
+    """(Triton version, {row key: values}) of a committed table; ("", {}) where there is none."""
+    if not path.exists():
+        return "", {}
+    with open(path, newline="") as f:
+        version = f.readline().removeprefix("# triton ").strip()
+        rows = [tuple(row) for row in csv.reader(f)][1:]
+    return version, {row[: len(KEY)]: row[len(KEY) :] for row in rows}
+
+
+def write_table(
+    rows: Mapping[tuple[str, ...], tuple[str, ...]], asked: set[tuple], path: Path = TABLE
+) -> None:
+    """Replaces the rows of every (op, dtype, arch) in `asked`; all, after another Triton version."""
+    version, known = read_table(path)
+    if version == triton.__version__:
+        kept = {key: v for key, v in known.items() if (key[0], key[4], key[5]) not in asked}
+        rows = {**kept, **rows}
+    with open(path, "w", newline="") as f:
+        f.write(f"# triton {triton.__version__}\n")
+        out = csv.writer(f, lineterminator="\n")
+        out.writerow(KEY + VALUES)
+        out.writerows(sorted((key + v for key, v in rows.items()), key=_order))
+
+
+def _order(row: tuple[str, ...]) -> tuple:
+    """Numbers in text in the order of their values: C=64 before C=128, 86 before 100."""
+    return tuple(
+        tuple(int(t) if t.isdigit() else t for t in re.split(r"(\d+)", field)) for field in row
+    )
+
+
+def _measure(op: str, dtype: torch.dtype, arch: int, i: int) -> tuple[tuple, Resources | str]:
+    """One binary, in a worker: launches hold functions and are made again rather than sent."""
+    special = binaries(op, dtype, arch)[i]
+    key = row_key(special, dtype, arch)
+    try:
+        return key, compile_launch(special.launch, arch)
+    except Exception as e:  # a kernel that does not compile is a finding; the others go on
+        return key, f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+def measure(
+    jobs: list[tuple[str, torch.dtype, int]], workers: int
+) -> Iterator[tuple[tuple[str, ...], Resources | str]]:
+    """(row key, Resources or why it does not compile) of every binary of (op, dtype, arch)."""
+    wanted = [(*job, i) for job in jobs for i in range(len(binaries(*job)))]
+    if workers == 1:
+        yield from (_measure(*job) for job in wanted)
+        return
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
+        running = [pool.submit(_measure, *job) for job in wanted]
+        for done in concurrent.futures.as_completed(running):
+            yield done.result()
+
+
+def faults(key: tuple[str, ...], r: Resources) -> list[str]:
+    """What no shipped kernel may do, in words."""
+    limit, found = SHARED_LIMIT[int(key[5])], []
+    if r.stack or r.local:
+        found.append(f"{r.stack} bytes of stack, {r.local} local loads and stores")
+    if r.shared_bytes > limit:
+        found.append(f"{r.shared_bytes} bytes of shared memory, {limit} at most")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--op", default=",".join(OPS), help="comma list (all)")
+    parser.add_argument("--dtype", default=",".join(map(dtype_name, DTYPES)), help="list (all)")
+    parser.add_argument("--arch", default=",".join(map(str, ARCHS)), help="comma list (all)")
+    parser.add_argument("--write", action="store_true", help=f"write their rows of {TABLE.name}")
+    parser.add_argument("-j", type=int, default=os.cpu_count(), help="processes (one per CPU)")
+    args = parser.parse_args(argv)
+    jobs = [
+        (op, getattr(torch, dtype), int(arch))
+        for op in args.op.split(",")
+        for dtype in args.dtype.split(",")
+        for arch in args.arch.split(",")
+    ]
+    rows, bad = {}, 0
+    for key, r in measure(jobs, args.j):
+        wrong = [r] if isinstance(r, str) else faults(key, r)
+        bad += bool(wrong)
+        numbers = ""
+        if not isinstance(r, str):
+            rows[key] = row_values(r)
+            numbers = (
+                f"{r.registers:>3} regs {r.stack:>4} stack {r.local:>4} local "
+                f"{r.shared_bytes / 1024:>5.1f} KiB {r.mma:>4} mma {r.ffma:>5} ffma "
+                f"{r.seconds:.1f} s"
+            )
+        name = "{} {}  {}  B={}  {} sm_{}  {}".format(*key)
+        print(f"{name}  {numbers}{'  WRONG: ' + '; '.join(wrong) if wrong else ''}", flush=True)
+    print(f"{len(rows)} kernels, {bad} wrong")
+    if args.write:
+        write_table(rows, {(op, dtype_name(dtype), str(arch)) for op, dtype, arch in jobs})
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
