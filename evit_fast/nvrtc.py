@@ -187,6 +187,7 @@ def _strings(values: Iterable[str]) -> ctypes.Array[ctypes.c_char_p]:
 _lock = threading.Lock()
 _opened: dict[str, Nvrtc | str] = {}  # by place: the library, or why it cannot be used ("": absent)
 _chosen: dict[str, Nvrtc] = {}  # by architecture
+_foreign: list[str] = []  # paths that were in the process before they were looked for
 
 
 def find(arch: int | str | None = None) -> Nvrtc:
@@ -250,15 +251,16 @@ def _places() -> Iterator[str]:
 
 
 def _loaded() -> list[str]:
-    """Paths of the NVRTCs in this process, without those opened here: they keep their own rank."""
+    """Paths of the NVRTCs that others loaded; those opened here keep the rank of their place."""
     try:
         with open("/proc/self/maps") as maps:
             paths = {line.split(maxsplit=5)[-1].rstrip("\n") for line in maps}
     except OSError:  # not Linux
-        return []
+        return _foreign
     ours = {os.path.realpath(place) for place in _opened}
     names = re.compile(r"/libnvrtc\.so\.\d+(\.\d+)*$")
-    return sorted(path for path in paths if names.search(path) and path not in ours)
+    _foreign.extend(sorted(p for p in paths - {*ours, *_foreign} if names.search(p)))
+    return _foreign
 
 
 def _nvidia_folders() -> list[str]:
