@@ -1,7 +1,9 @@
 # Each target makes the virtual environment it needs under .venv/ and is one line a person could type.
 #   make build   the editable install, incremental        make demo    trains, accelerates and classifies, offline
-#   make test    everything, in at most 9 minutes         make bench   the six models against every peer
+#   make test    everything, in at most 13 minutes        make bench   the six models against every peer
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
+#   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
+#   make compiled     what the compiler makes of them: rewrites kernels/compiled.csv
 #   make bench-quick  two models in 3 minutes             make bench-ops  every op and instruction set
 #   make callgrind    instructions per op: drift above 3 % from the committed counts fails
 PYTHON ?= python3
@@ -11,19 +13,33 @@ DEMO = .venv/demo/bin
 BENCH = .venv/bench/bin
 TORCH = torch==2.13.0
 TIMM = timm==1.0.31
+TRITON = triton==3.7.1# the one that torch wants
 OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
 INPUTS = pyproject.toml Makefile
 CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'bench/*.cpp' 'tests/*.cpp' 'tests/*.h')
+# Two processes: Triton decides once, at import, whether it interprets or compiles.
+INTERPRET = TRITON_INTERPRET=1 $(DEV)/pytest -q -n 2 --import-mode=importlib
+COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importlib
 export OMP_NUM_THREADS ?= 1
+export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton compiled demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
 
 test: build .venv/old_timm/ready
 	@EVIT_FAST_OLD_TIMM=$(CURDIR)/.venv/old_timm $(DEV)/pytest -q -n 2 --import-mode=importlib tests
+	@$(INTERPRET) -m "not full" tests/kernels/interpret
+	@$(COMPILE) -m "not full" tests/kernels/compile
+
+test-triton: build
+	@$(INTERPRET) tests/kernels/interpret
+	@$(COMPILE) tests/kernels/compile
+
+compiled: build
+	$(DEV)/python -m evit_fast.kernels.compiled --write
 
 demo: .venv/demo/ready
 	$(DEMO)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -59,11 +75,11 @@ clean:
 .venv/%/ready: $(INPUTS)
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/python $(PIP) $(TORCH)
-	.venv/$*/bin/python $(PIP) $(TORCH) $(BUILD_TOOLS) numpy safetensors pillow tqdm $(PACKAGES)
+	.venv/$*/bin/python $(PIP) $(TORCH) $(BUILD_TOOLS) numpy safetensors pillow platformdirs tqdm $(PACKAGES)
 	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
 	touch $@
 
-.venv/dev/ready: PACKAGES = pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
+.venv/dev/ready: PACKAGES = $(TRITON) pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
 .venv/bench/ready: PACKAGES = onnx onnxruntime openvino litert-torch ai-edge-litert matplotlib pytest pytest-benchmark
 

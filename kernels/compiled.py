@@ -54,7 +54,8 @@ COUNTED = {"mma": r"(?:HMMA|HGMMA|UTC\w*MMA)", "ffma": "FFMA", "local": "(?:LDL|
 
 class Resources(NamedTuple):
     """What one compiled kernel uses. stack: bytes a thread; local: loads from and stores to that
-    stack, spills among them; mma, ffma: instructions in the code, not executed ones.
+    stack, spills among them; mma, ffma: instructions in the code, not executed ones; dots: matrix
+    products in what the compiler was given.
     """
 
     registers: int
@@ -63,6 +64,7 @@ class Resources(NamedTuple):
     mma: int
     ffma: int
     local: int
+    dots: int
     seconds: float  # of compilation, near 0 when Triton's cache had it
 
     @property
@@ -137,7 +139,8 @@ def _resources(built: Any, seconds: float) -> Resources:
         code = _tool("nvdisasm", "-c", f.name)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     count = {name: len(re.findall(rf"\b{op}\b", code)) for name, op in COUNTED.items()}
-    return Resources(registers, stack, built.metadata.shared, **count, seconds=seconds)
+    dots = len(re.findall(r"\btt\.dot\b", built.asm["ttir"]))
+    return Resources(registers, stack, built.metadata.shared, **count, dots=dots, seconds=seconds)
 
 
 def _tool(name: str, *args: str) -> str:
@@ -261,7 +264,7 @@ def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, ...], tuple[str
 def write_table(
     rows: Mapping[tuple[str, ...], tuple[str, ...]], asked: set[tuple], path: Path = TABLE
 ) -> None:
-    """Replaces the rows of every (op, dtype, arch) in `asked`; all, after another Triton version."""
+    """Replaces the rows of every (op, dtype, arch) in `asked`, or all of another Triton version."""
     version, known = read_table(path)
     if version == triton.__version__:
         kept = {key: v for key, v in known.items() if (key[0], key[4], key[5]) not in asked}
@@ -312,6 +315,8 @@ def faults(key: tuple[str, ...], r: Resources) -> list[str]:
         found.append(f"{r.stack} bytes of stack, {r.local} local loads and stores")
     if r.shared_bytes > limit:
         found.append(f"{r.shared_bytes} bytes of shared memory, {limit} at most")
+    if key[4] != "float32" and r.dots and not r.mma:
+        found.append(f"{r.dots} matrix products without tensor cores")
     return found
 
 
