@@ -244,10 +244,11 @@ def _places() -> Iterator[str]:
     folders = _nvidia_folders()
     yield from (f"{folder}/cuda_nvrtc/lib/libnvrtc.so.12" for folder in folders)
     yield from (f"{folder}/cu13/lib/libnvrtc.so.13" for folder in folders)
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     for name in ("libnvrtc.so.12", "libnvrtc.so.13"):
-        yield name
         yield from (f"{root}/lib64/{name}" for root in roots if root)
+        yield name
+        yield f"/usr/local/cuda/lib64/{name}"
 
 
 def _loaded() -> list[str]:
