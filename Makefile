@@ -4,6 +4,7 @@
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
 #   make compiled     what the compiler makes of them: rewrites kernels/compiled.csv
+#   make gpu     what must be seen on a card: right, repeatable, fast; ARGS="--parts numerics"; dry-run without one
 #   make bench-quick  two models in 3 minutes             make bench-ops  every op and instruction set
 #   make callgrind    instructions per op: drift above 3 % from the committed counts fails
 PYTHON ?= python3
@@ -24,7 +25,7 @@ COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importli
 export OMP_NUM_THREADS ?= 1
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test test-triton compiled demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -40,6 +41,9 @@ test-triton: build
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write
+
+gpu: build
+	$(DEV)/python -m evit_fast.bench.gpu $(ARGS)
 
 demo: .venv/demo/ready
 	$(DEMO)/python $(PIP) --no-build-isolation --no-deps -e .

@@ -83,7 +83,7 @@ def _peers(text: str) -> list[str]:
     return names
 
 
-def cost(model: str, batch: int, size: int) -> tuple[int, int]:
+def cost(model: str, batch: int, size: int, dtype: str = "float32") -> tuple[int, int]:
     """(floating-point operations, fewest bytes) of one forward, summed over its fused ops."""
     import torch
 
@@ -95,7 +95,7 @@ def cost(model: str, batch: int, size: int) -> tuple[int, int]:
     hw = (size, size)
     for shape, _ in fold(create_model(model, img_size=size), (0.0,), (1.0,)):
         op = OPS[shape.op]
-        step = op.cost(shape, batch, *hw, torch.float32)
+        step = op.cost(shape, batch, *hw, getattr(torch, dtype))
         flops, moved = flops + step[0], moved + step[1]
         hw = op.out_hw(*hw)
     return flops, moved
