@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from evit_fast import tuned
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as triton reads it: once, at import
 MIN_ARCH = 80  # below, tl.dot has no tensor cores: it becomes FMAs that spill
 
@@ -42,11 +44,12 @@ class Launch(NamedTuple):
 
 class Table:
     """Rows of tiles per architecture and shape class. An architecture without rows uses the nearest
-    lower one; a class without a row is an error, not a default.
+    lower one; a class without a row is an error, not a default. op: whose rows `evit-fast tune` may
+    have replaced on this machine.
     """
 
-    def __init__(self, rows: Mapping[int, Mapping[Any, Config]]) -> None:
-        self.rows = rows
+    def __init__(self, rows: Mapping[int, Mapping[Any, Config]], op: str = "") -> None:
+        self.rows, self.op = rows, op
         classes = set().union(*rows.values())
         for arch, found in rows.items():
             if missing := classes - set(found):
@@ -57,8 +60,13 @@ class Table:
         return max(a for a in self.rows if a <= arch)
 
     def row(self, arch: int, key: Any) -> Config:
-        """The committed row. KeyError: no such shape class."""
-        return self.rows[self.arch(arch)][key]
+        """The row tuned on this machine, else the committed one. KeyError: no such shape class."""
+        committed = self.rows[self.arch(arch)][key]
+        found = tuned.row("triton", self.op, arch, key)
+        if found and found.keys() == committed._asdict().keys():
+            found = Config(**found)
+            return found if found.tiles.keys() == committed.tiles.keys() else committed
+        return committed
 
 
 def run(launches: list[Launch], wrap: Any = lambda kernel: kernel) -> None:

@@ -7,6 +7,8 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Teams of more ranks than this machine has processors: correctness must not depend on it.
 os.environ.setdefault("EVIT_FAST_MAX_THREADS", "256")
+# Committed tiles, whatever was tuned on this machine.
+os.environ["EVIT_FAST_TUNED"] = "0"
 
 import pytest
 import torch
