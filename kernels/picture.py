@@ -155,7 +155,9 @@ INK, FAINT, CHIP, MEMORY, FUSED, EAGER = (
 
 def _text(x: float, y: float, text: str, size: int = 12, fill: str = INK, **more: str) -> str:
     extra = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in more.items())
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}"{extra}>{escape(text)}</text>'
+    return (
+        f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{fill}"{extra}>{escape(text)}</text>'
+    )
 
 
 def _box(x: float, y: float, w: float, h: float, fill: str, stroke: str = "none") -> str:
@@ -188,7 +190,9 @@ def _panel(t: Traffic, number: int, left: float, widest: int) -> list[str]:
     s, side, x = t.shape, t.side, left + 10
     wins = f"{t.windows} windows" if t.windows > 1 else "1 window"
     parts = [
-        _text(x, 24, f"M5, stage {number}: {side}×{side} tokens, C = {s.C}", 14, font_weight="bold"),
+        _text(
+            x, 24, f"M5, stage {number}: {side}×{side} tokens, C = {s.C}", 14, font_weight="bold"
+        ),
         _text(x, 42, f"{wins} of {s.window}×{s.window}, {s.heads} heads of {s.dv}", 12, FAINT),
         _box(left, 54, PANEL, 34, MEMORY),
         _text(x, 75, f"x {kib(t.x)}"),
@@ -208,7 +212,9 @@ def _panel(t: Traffic, number: int, left: float, widest: int) -> list[str]:
     ]
     stays = list(t.on_chip.items())
     y = 354
-    parts.append(_text(x, y, f"never in memory: {kib(sum(t.on_chip.values()))}", font_weight="bold"))
+    parts.append(
+        _text(x, y, f"never in memory: {kib(sum(t.on_chip.values()))}", font_weight="bold")
+    )
     for n, (name, nbytes) in enumerate(stays):
         column = x + (n % 2) * 158
         parts.append(_text(column, y + 20 + n // 2 * 17, f"{name} {kib(nbytes)}", 11, FAINT))
@@ -265,14 +271,15 @@ def table(stages: list[Traffic]) -> str:
         ),
         "**moved, fused**": [f"**{kib(t.moved)}**" for t in stages],
         **{
-            f"on chip: {name}": [kib(t.on_chip[name]) for t in stages]
-            for name in stages[0].on_chip
+            f"on chip: {name}": [kib(t.on_chip[name]) for t in stages] for name in stages[0].on_chip
         },
         "**on chip only**": [f"**{kib(sum(t.on_chip.values()))}**" for t in stages],
         "eager reads": [kib(t.eager_read) for t in stages],
         "eager writes": [kib(t.eager_written) for t in stages],
         "**moved, eager**": [f"**{kib(t.eager_moved)}**" for t in stages],
-        "each further image: eager over fused": [f"{t.eager_image / (2 * t.x):.1f}×" for t in stages],
+        "each further image: eager over fused": [
+            f"{t.eager_image / (2 * t.x):.1f}×" for t in stages
+        ],
     }
     lines = ["| | stage 1 | stage 2 | stage 3 |", "|---|--:|--:|--:|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()])

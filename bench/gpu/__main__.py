@@ -20,7 +20,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, help=f"({REAL['repeats']})")
     add("--rounds", type=int, help=f"of a time ({REAL['rounds']})")
     add("--budget", type=float, metavar="SECONDS", help="start no step that would not end in it")
+    add("--jobs", type=int, default=0, metavar="N", help="compile the ops first, in N processes")
     add("--again", action="store_true", help="do what is done once more")
     add("--out", type=Path, help="folder (profiles/results; a dry run: out)")
     return made
@@ -74,11 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     import torch
 
-    wanted, interpreted = not torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted and not interpreted:  # triton reads the variable when it is imported
+    dry, interpreted = not torch.cuda.is_available(), os.environ.get("TRITON_INTERPRET") == "1"
+    if dry and not interpreted:  # triton reads the variable when it is imported
         variables = {**os.environ, "TRITON_INTERPRET": "1"}
         os.execve(sys.executable, [sys.executable, "-m", MODULE, *argv], variables)
-    if interpreted and not wanted:
+    if interpreted and not dry:
         print(f"{MODULE}: TRITON_INTERPRET=1 would keep the kernels off the card; unset it",
               file=sys.stderr)  # fmt: skip
         return 2
@@ -187,6 +189,8 @@ def _why(record: Any) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Everything after Triton's interpreter is on or off."""
+    import torch
+
     from evit_fast.bench.gpu import summary
     from evit_fast.bench.gpu.card import here
     from evit_fast.bench.gpu.results import WARNING, Store
@@ -194,6 +198,8 @@ def run(args: argparse.Namespace) -> int:
     card = here()
     if card.dry_run:
         say(WARNING)
+        warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a check has some
+    torch.backends.cudnn.allow_tf32 = False  # a float32 peer computes in float32, as we do
     try:
         plan = _plan(args, card)
     except ValueError as error:
@@ -207,6 +213,10 @@ def run(args: argparse.Namespace) -> int:
     if not plan.live():
         say("no fused column runs here: nothing to check")
         return 1
+    if args.jobs:
+        from evit_fast.bench.gpu.compiling import compile_ops
+
+        say(compile_ops(plan, args.jobs))
     failed, left = _walk(args, plan, store)
     text = summary.markdown(store)
     store.path.with_suffix(".md").write_text(text)

@@ -39,7 +39,7 @@ def time_model(plan: Plan, model: str, batch: int, dtype: str, names: list[str])
         part="bench", item=model, check=f"batch {batch}", dtype=dtype,
         shape=f"{batch}x3x{plan.size}x{plan.size}",
     )  # fmt: skip
-    x = _images(batch, plan.size).to(plan.card.device, kind)
+    x = images(batch, plan.size).to(plan.card.device, kind)
     want = expected(model, few, plan.size, dtype)
     plain = peers.build("eager", model, plan.size, plan.card, x[:few])()
     calls, records, errors = {}, [], {}
@@ -75,9 +75,3 @@ def time_model(plan: Plan, model: str, batch: int, dtype: str, names: list[str])
     if not plan.card.dry_run:
         torch.cuda.empty_cache()
     return records
-
-
-def _images(batch: int, size: int) -> torch.Tensor:
-    """images(), repeated beyond 64: drawing thousands would take longer than the benchmark."""
-    some = images(min(batch, 64), size)
-    return some.repeat(-(-batch // len(some)), 1, 1, 1)[:batch]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import time
@@ -16,6 +15,8 @@ from evit_fast.bench import machine
 from evit_fast.bench.runner import spread
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+WARM = 5  # calls before a time: some capture a graph at the second or third
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,10 @@ def alternate(
     card: Card, calls: dict[str, Callable[[], Any]], rounds: int, round_us: float
 ) -> dict[str, list[float]]:
     """us of each call, round by round. In a round each runs for about round_us; the order turns."""
-    repeats, times = {}, {name: [] for name in calls}
-    for name, call in calls.items():
-        call()
+    repeats, times = dict.fromkeys(calls, 1), {name: [] for name in calls}
+    for name, call in calls.items() if not card.dry_run else ():
+        for _ in range(WARM):
+            call()
         card.sync()
         repeats[name] = max(1, int(round_us / time_us(card, call, 1)))
         time_us(card, call, repeats[name])  # the clocks of the card go up
@@ -139,30 +141,33 @@ class Ceilings:
 
 
 def measure_ceilings(card: Card, dtypes: list[str], rounds: int = 7) -> Ceilings:
-    """A large matrix product per dtype, a copy of 512 MiB, and one of a quarter of the L2."""
-    side, large, small, times = (64, 1 << 16, 1 << 14, 2) if card.dry_run else (
-        8192, 1 << 29, cache_bytes() // 8, 50
-    )  # fmt: skip
+    """A large matrix product per dtype, a copy of 512 MiB, and one of an eighth of the L2."""
+    dry = card.dry_run
+    side, large, small = (64, 1 << 16, 1 << 14) if dry else (8192, 1 << 29, cache_bytes() // 8)
 
-    def median(call: Callable[[], Any], n: int) -> float:
-        run = captured(card, call, n)
+    def seconds(call: Callable[[], Any], times: int) -> float:
+        run = captured(card, call, 1 if dry else times)
         run()
-        return statistics.median(time_us(card, run, 1) for _ in range(rounds)) / n / 1e6
+        spent = statistics.median(time_us(card, run, 1) for _ in range(rounds))
+        return spent / (1 if dry else times) / 1e6
 
-    flops = {}
-    for name in dtypes:
-        a, b = (torch.randn(side, side, device=card.device, dtype=DTYPES[name]) for _ in range(2))
+    def product(dtype: torch.dtype) -> float:
+        a = torch.randn(side, side, device=card.device, dtype=dtype)
         out = torch.empty_like(a)
-        flops[name] = 2 * side**3 / median(lambda: torch.mm(a, b, out=out), 3)  # noqa: B023
-    del a, b, out
-    rates = []
-    for nbytes, n in ((large, 3), (small, times)):
+        return 2 * side**3 / seconds(lambda: torch.mm(a, a, out=out), 3)
+
+    def copy(nbytes: int, times: int) -> float:
         source = torch.zeros(nbytes, dtype=torch.uint8, device=card.device)
         target = torch.empty_like(source)
-        rates.append(2 * nbytes / median(lambda: target.copy_(source), n))  # noqa: B023
+        return 2 * nbytes / seconds(lambda: target.copy_(source), times)
+
     word = torch.zeros(1, device=card.device)
-    launch_us = median(lambda: word.add_(1), times) * 1e6
-    return Ceilings(flops, *rates, cache_bytes() if not card.dry_run else 1 << 20, launch_us)
+    return Ceilings(
+        flops={name: product(DTYPES[name]) for name in dtypes},
+        memory=copy(large, 3), cache=copy(small, 50),
+        cache_bytes=1 << 20 if dry else cache_bytes(),
+        launch_us=seconds(lambda: word.add_(1), 50) * 1e6,
+    )  # fmt: skip
 
 
 def cache_bytes() -> int:
@@ -179,7 +184,3 @@ def timing(times: list[float], fused: list[float] | None = None) -> dict[str, fl
         names = ("ratio", "ratio_p20", "ratio_p80")
         found |= dict(zip(names, (round(ratio, 4) for ratio in ratios), strict=True))
     return found
-
-
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"

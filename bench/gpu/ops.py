@@ -25,7 +25,6 @@ from evit_fast.bench.gpu.subjects import OneOp, Plan, Step, tokens
 from evit_fast.ops import OPS
 
 CALLS = 20  # of an op in one graph
-DRAWN = 64  # images of random input; a larger batch repeats them
 
 
 def steps(plan: Plan) -> Iterator[Step]:
@@ -57,9 +56,8 @@ def _ceiling_records(plan: Plan) -> list[Record]:
 def time_op(plan: Plan, case: Case, batch: int, dtype: str) -> list[Record]:
     """One record per column."""
     card, kind, side = plan.card, DTYPES[dtype], case.side
-    H = W = min(side, 32) if card.dry_run and case.op == "stem" else side
-    x = tokens(case, min(batch, DRAWN), H, W, kind).to(card.device)
-    x = x.repeat(-(-batch // len(x)), 1, 1, 1)[:batch].contiguous()
+    H = W = min(side, 4) if card.dry_run else side
+    x = tokens(case, batch, H, W, kind).to(card.device)
     program, calls = OneOp(case, kind, card), 1 if card.dry_run else CALLS
     columns = plan.live()
     runs = {c: captured(card, lambda c=c: program(x, c), calls) for c in columns}

@@ -1,0 +1,288 @@
+"""`make gpu` where there is no card: the dry run, what it writes, and that nobody mistakes it.
+
+No test asserts a time.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from evit_fast.bench.gpu import __main__ as gpu
+from evit_fast.bench.gpu import bench, numerics, repeats, subjects, summary
+from evit_fast.bench.gpu.card import Card, Ceilings, timing
+from evit_fast.bench.gpu.results import WARNING, Record, Store
+from evit_fast.kernels import picture
+from tests import close
+
+STAMP = {"card": "a card", "arch": 90, "driver": "1", "torch": "2", "triton": "3", "commit": "abc",
+         "sources": "123"}  # fmt: skip
+needs_no_card = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+
+
+def run(tmp_path, *argv: str) -> int:
+    """The script behind its change of process."""
+    return gpu.run(gpu.parser().parse_args([*argv, "--out", str(tmp_path)]))
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """The reference column in the place of the kernels, which take Triton's interpreter."""
+    monkeypatch.setattr(subjects, "COLUMNS", ("reference",))
+
+
+@needs_no_card
+def test_dry_run(tmp_path) -> None:
+    """All parts on the CPU, kernels interpreted: it says so first, and so does what it leaves."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    variables["PYTHONPATH"] = os.pathsep.join(os.path.abspath(p or ".") for p in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", "evit_fast.bench.gpu", "--out", str(tmp_path)],
+        capture_output=True, text=True, env=variables, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[0] == WARNING
+    assert summary.owed() in done.stdout and "every check passed" in done.stdout
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"gpu-dry-run.json", "gpu-dry-run.csv", "gpu-dry-run.md"}
+    saved = json.loads((tmp_path / "gpu-dry-run.json").read_text())
+    assert saved["dry_run"] is True and saved["warning"] == WARNING
+    records = saved["records"]
+    assert {record["part"] for record in records} == set(gpu.PARTS)
+    assert all(record["dry_run"] is True for record in records)
+    ops = {r["item"] for r in records if r["part"] == "numerics" and r["column"] == "triton"}
+    assert ops == {"stem", "dw_ffn", "cga", "patch_merge", "classifier", "efficientvit_m0"}
+    with open(tmp_path / "gpu-dry-run.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(records) and {row["dry_run"] for row in rows} == {"True"}
+    text = (tmp_path / "gpu-dry-run.md").read_text()
+    assert text.startswith(f"**{WARNING}") and "images/s" not in text
+
+
+def test_interpreter_is_set_before_triton(monkeypatch) -> None:
+    """Without a card the process becomes one with TRITON_INTERPRET=1; with one it never is."""
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *args: calls.append(args))
+    monkeypatch.setattr(gpu, "run", lambda args: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    gpu.main(["--parts", "ops"])
+    ((path, argv, variables),) = calls
+    assert path == sys.executable and argv[1:] == ["-m", gpu.MODULE, "--parts", "ops"]
+    assert variables["TRITON_INTERPRET"] == "1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.main([]) == 0 and len(calls) == 1
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu.main([]) == 2
+
+
+@needs_no_card
+def test_a_wrong_kernel_fails_the_run(tmp_path, reference, monkeypatch, capsys) -> None:
+    """One gain off by a percent in one op: its step and the run fail, the others pass."""
+    right = subjects.OneOp.__call__
+
+    def wrong(self, x, column):
+        return right(self, x, column) * (1.01 if self.line.startswith("cga") else 1.0)
+
+    monkeypatch.setattr(numerics.OneOp, "__call__", wrong)
+    monkeypatch.setattr(numerics, "check_model", lambda *args: [])
+    assert run(tmp_path, "--parts", "numerics") == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
+    assert len(failed) == 1 and "numerics/cga-M0" in failed[0]
+    records = json.loads((tmp_path / "gpu-dry-run.json").read_text())["records"]
+    assert [r["item"] for r in records if r["passed"] is False] == ["cga"]
+    monkeypatch.setattr(numerics.OneOp, "__call__", right)  # only what failed runs again
+    assert run(tmp_path, "--parts", "numerics") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  numerics/" in line]
+    assert len([line for line in lines if "cga-M0" in line]) == 1
+    assert not [line for line in lines if "dw_ffn" in line]
+
+
+@needs_no_card
+def test_what_a_step_raises_is_its_result(tmp_path, reference, monkeypatch, capsys) -> None:
+    def broken(*args):
+        raise RuntimeError("no such luck\nand more")
+
+    monkeypatch.setattr(numerics, "check_op", broken)
+    monkeypatch.setattr(numerics, "check_model", lambda *args: [])
+    assert run(tmp_path, "--parts", "numerics") == 1
+    assert capsys.readouterr().out.count("RuntimeError: no such luck\n") == 5
+
+
+@needs_no_card
+def test_lost_bits_fail(tmp_path, reference, monkeypatch, capsys) -> None:
+    """A model that answers differently each time, in its last bits."""
+    made = subjects.fused
+
+    def shaky(*args, **options):
+        model, calls = made(*args, **options), []
+
+        def forward(x):
+            calls.append(1)
+            return model(x) * (1 + 2e-3 * (len(calls) % 2))
+
+        return forward
+
+    monkeypatch.setattr(repeats, "fused", shaky)
+    assert run(tmp_path, "--parts", "graphs,repeats") == 1
+    text = capsys.readouterr().out
+    assert "raw == graph" in text and "repeats are bit-equal: 2 repeats" in text
+
+
+@needs_no_card
+def test_budget_starts_nothing_that_does_not_fit(tmp_path, reference, capsys) -> None:
+    assert run(tmp_path, "--budget", "0") == 0
+    text = capsys.readouterr().out
+    assert "\nok" not in text and "did not fit in 0 s" in text
+    budget = gpu.Budget(100)
+    assert budget.fits("a", 90) and not budget.fits("a", 110)
+    budget.took("a", 150)
+    assert not budget.fits("a", 1) and budget.fits("b", 90)
+
+
+@needs_no_card
+def test_a_peer_that_is_wrong_or_broken_is_not_timed(tmp_path, reference, monkeypatch) -> None:
+    build = bench.peers.build
+
+    def broken(name, *args):
+        if name == "folded":
+            raise RuntimeError("no such luck")
+        return build(name, *args)
+
+    monkeypatch.setattr(bench.peers, "build", broken)
+    assert run(tmp_path, "--parts", "bench") == 0
+    records = json.loads((tmp_path / "gpu-dry-run.json").read_text())["records"]
+    by_column = {record["column"]: record for record in records}
+    assert by_column["folded"]["note"] == "RuntimeError: no such luck"
+    assert by_column["folded"]["us"] == by_column["folded"]["passed"] == ""
+    assert by_column["reference"]["ratio"] == 1.0 and by_column["eager"]["us"] > 0
+
+
+@needs_no_card
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (("--parts", "speed"), "--parts: unknown 'speed'; here are numerics, graphs"),
+        (("--peers", "compile"), "--peers: unknown 'compile'; here are eager, folded"),
+        (("--models", "m9"), "unknown model 'm9'"),
+        (("--batches", "0"), "--batches: expected numbers of at least 1"),
+    ],
+)
+def test_wrong_use(tmp_path, capsys, argv, sentence) -> None:
+    assert run(tmp_path, *argv) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_later_run_goes_on(tmp_path) -> None:
+    """The same card and sources: what passed is done. Other sources, or a failure: it is not."""
+    store = Store(tmp_path, "a-card", STAMP, dry_run=False)
+    store.add("one", [Record("numerics", "cga", "float64", passed=True)])
+    store.add("two", [Record("numerics", "stem", "float64", passed=False)])
+    again = Store(tmp_path, "a-card", STAMP, dry_run=False)
+    assert again.done("one") and not again.done("two") and not again.done("three")
+    other = Store(tmp_path, "a-card", {**STAMP, "sources": "456"}, dry_run=False)
+    assert not other.done("one") and other.present() == []
+    other.add("two", [Record("numerics", "stem", "ran", passed=True)])
+    saved = json.loads((tmp_path / "gpu-a-card.json").read_text())
+    assert [(r["item"], r["run"], r["dry_run"]) for r in saved["records"]] == [
+        ("cga", 0, False),
+        ("stem", 1, False),
+    ]
+    assert saved["dry_run"] is False and "warning" not in saved and len(saved["runs"]) == 2
+
+
+def test_a_dry_run_has_a_name_of_its_own(tmp_path) -> None:
+    store = Store(tmp_path, "nvidia-h100", STAMP, dry_run=True)
+    store.add("one", [Record("bench", "m0", "batch 1", us=1.0, dry_run=False)])
+    (path,) = tmp_path.glob("*.json")
+    assert path.name == "gpu-dry-run.json"
+    assert json.loads(path.read_text())["records"][0]["dry_run"] is True
+    assert Card("a card", 0, True).slug == "dry-run"
+
+
+def _bench(column: str, us: float, ratio: float, **more) -> Record:
+    return Record("bench", "efficientvit_m0", "batch 8", dtype="float16", column=column,
+                  us=us, ratio=ratio, images_per_s=8e6 / us, **more)  # fmt: skip
+
+
+def test_summary_takes_the_best_peer(tmp_path) -> None:
+    store = Store(tmp_path, "a-card", STAMP, dry_run=False)
+    store.add("quick", [_bench("triton", 100.0, 1.0, passed=True), _bench("eager", 500.0, 5.0),
+                        _bench("graph", 210.0, 2.1)])  # fmt: skip
+    store.add("slow", [_bench("compile-max", 160.0, 1.6)])
+    record = Record("numerics", "cga", "float64", dtype="float16", column="triton", passed=True,
+                    error=1e-3, bound=4e-3)  # fmt: skip
+    store.add("right", [record])
+    op = Record("ops", "cga", "batch 8", "M5.1", dtype="float16", column="triton", us=12.0,
+                ratio=1.0, gflops=100.0, gbs=50.0, share=0.42, nearer="L2")  # fmt: skip
+    store.add("op", [op])
+    text = summary.markdown(store)
+    assert (
+        "| efficientvit_m0 | triton | 80,000 | 100.0 | 1.60× (compile-max) | 5.00× | 2.10×" in text
+    )
+    assert "| numerics | triton | float16 | 1 of 1 | 0.25 |" in text
+    assert "| cga | M5.1 | triton | 12.00 | 100 | 50 | 42% of L2 |" in text
+    assert WARNING not in text
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    found = timing([300.0, 400.0, 600.0], [100.0, 200.0, 300.0])
+    assert (found["us"], found["ratio"], found["ratio_p80"]) == (400.0, 2.0, 2.6)
+
+
+def test_the_nearer_ceiling() -> None:
+    limits = Ceilings({"float16": 1e12}, memory=1e9, cache=4e9, cache_bytes=2000, launch_us=1.0)
+    assert limits.least_us(2_000_000, 100, "float16") == (pytest.approx(2.0), "float16 FLOP/s")
+    assert limits.least_us(10, 1000, "float16") == (pytest.approx(0.25), "L2")
+    assert limits.least_us(10, 3000, "float16") == (pytest.approx(3.0), "memory")
+
+
+def test_bounds_are_those_of_the_tests() -> None:
+    assert {d: close.FLOOR[d] for d in subjects.FLOOR} == subjects.FLOOR
+    want = torch.ones(100, dtype=torch.float64)
+    off = want.clone()
+    off[0] += 0.5  # 5 % in the norm
+    assert not subjects.judge(off, want, torch.float16, want).passed
+    assert subjects.judge(off, want, torch.float16, want + 0.03).passed  # plain is off by 3 %
+    off[0] = float("nan")
+    assert not subjects.judge(off, want, torch.float16, off).passed
+
+
+def test_the_log_lists_what_is_owed() -> None:
+    text = summary.owed()
+    for part in gpu.PARTS:
+        assert f"--parts {part}" in text, f"profiles/LOG.md, {summary.OWED}: nothing about {part}"
+
+
+# --- the picture of kernels/README.md
+
+
+def test_picture_and_table_are_those_computed() -> None:
+    """`python -m evit_fast.kernels.picture` rewrites both."""
+    stages = picture.traffic()
+    assert (picture.FOLDER / "cga.svg").read_text(encoding="utf-8") == picture.svg(stages)
+    readme = (picture.FOLDER / "README.md").read_text(encoding="utf-8")
+    assert readme == picture.update(readme, stages)
+    first = stages[0]
+    assert first.x == 14 * 14 * 192 * 2 and first.windows == 4
+    assert first.on_chip["scores"] == 4 * 3 * 49 * 49 * 4
+    for stage in stages:
+        assert stage.moved < stage.eager_moved
+        shown = replace(stage, x=stage.x + 1024)
+        assert picture.svg([shown, *stages[1:]]) != picture.svg(stages)
+        assert picture.table([shown, *stages[1:]]) != picture.table(stages)
+
+
+def test_eager_is_counted_tensor_by_tensor() -> None:
+    with picture._Count() as count:
+        a = torch.empty(4, 8, device="meta")  # allocates: no kernel
+        b = a.view(8, 4).T  # a view: none either
+        (b + 1).relu()  # two kernels, each reads and writes 128 bytes
+    assert (count.kernels, count.read, count.written) == (2, 256, 256)
