@@ -1,7 +1,7 @@
 """The torch op that runs a program, and the columns it can run in.
 
     evit_fast::forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, str backend="auto",
-    int threads=0)
+    int threads=0, bool? graphs=None, bool deterministic=False)
 
 x is [B, in, H, W] where the program starts with `stem` (any strides; uint8 pixels or normalised
 float), else [B, H, W, C]. The result is [B, N] logits where the program ends with `classifier`,
@@ -11,7 +11,8 @@ and autocast does not reach inside.
 The op has no gradient. Where grad mode is on and x or `anchor` requires grad the result carries a
 grad_fn whose backward raises: `anchor` is one parameter of the model that owns the weights (the
 blob itself cannot require grad). `threads=0` follows torch.get_num_threads() at each call. The op
-is opaque: torch.compile and torch.export see one node.
+is opaque: torch.compile and torch.export see one node. `graphs` and `deterministic` matter on a GPU
+only: see accelerate().
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import threading
 import weakref
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from evit_fast import _native
+from evit_fast import _native, gpu, walker
 from evit_fast import program as programs
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
@@ -37,33 +39,58 @@ NO_BACKWARD = (
 )
 
 
+class Settings(NamedTuple):
+    """How to run: the last arguments of the op, in its order."""
+
+    backend: str = "auto"
+    threads: int = 0
+    graphs: bool | None = None
+    deterministic: bool = False
+
+
 @lru_cache(maxsize=256)
-def choose(program: str, device: str = "cpu", backend: str = "auto") -> tuple[str, str]:
-    """(column, reason) for a program on a device type; reason is empty where the column is the
-    fastest there is.
+def choose(program: str, place: gpu.Place, backend: str = "auto") -> tuple[str, str]:
+    """(column, reason) for a program on a device. reason: why the reference runs it, or with
+    "triton" some of its ops; empty where the column is the fastest there is.
 
     ValueError: unknown backend. NotImplementedError: that backend cannot run this program here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("triton", "cuda"):
+    if backend == "cuda":
         raise NotImplementedError(
-            f"backend={backend!r}: this version has no {backend} column; "
-            "use backend='auto', 'cpu' or 'reference'"
+            "backend='cuda': this version has no cuda column; use backend='auto', 'triton', 'cpu' "
+            "or 'reference'"
         )
-    other = {op.dtype for op in programs.parse(program)} - {torch.float32}
     if backend == "reference":
         return "reference", "backend='reference' was asked for"
-    if device != "cpu":
-        why = f"no column for {device} devices in this version"
-    elif other:
-        name = str(other.pop()).removeprefix("torch.")
-        why = f"the cpu column computes in float32 only, this program in {name}"
+    if backend == "triton" or (backend == "auto" and place.kind == "cuda"):
+        column, why = _choose_triton(program, place)
     else:
-        return "cpu", ""
-    if backend == "cpu":
-        raise NotImplementedError(f"backend='cpu': {why}; use backend='auto' or 'reference'")
-    return "reference", why
+        column, why = _choose_cpu(program, place)
+    if why and backend != "auto":
+        raise NotImplementedError(f"backend={backend!r}: {why}; use backend='auto' or 'reference'")
+    return column, why
+
+
+def _choose_triton(program: str, place: gpu.Place) -> tuple[str, str]:
+    if place.kind not in ("cuda", "cpu"):
+        return "reference", f"no column for {place.kind} devices in this version"
+    if place.missing:
+        return "reference", place.missing
+    ops = walker.columns(program, place.arch)
+    why = next((op.reason for op in ops if op.reason), "")
+    return ("triton" if any(op.name == "triton" for op in ops) else "reference"), why
+
+
+def _choose_cpu(program: str, place: gpu.Place) -> tuple[str, str]:
+    other = {op.dtype for op in programs.parse(program)} - {torch.float32}
+    if place.kind != "cpu":
+        return "reference", f"no column for {place.kind} devices in this version"
+    if other:
+        name = str(other.pop()).removeprefix("torch.")
+        return "reference", f"the cpu column computes in float32 only, this program in {name}"
+    return "cpu", ""
 
 
 class _Space:
@@ -89,13 +116,14 @@ _models: dict[tuple[str, int, int], _native.Model] = {}
 
 
 def empty_cache() -> None:
-    """Frees the workspace of every thread (one in use right now is freed after its call) and the
-    native models.
+    """Frees the workspace of every thread (one in use right now is freed after its call), the
+    native models, and what lies on GPUs: weights as the kernels read them, and CUDA graphs.
     """
     for space in _spaces.valuerefs():
         if (alive := space()) is not None:
             alive.tensor = None
     _models.clear()
+    walker.empty_cache()
 
 
 def _workspace(nbytes: int) -> torch.Tensor:
@@ -179,19 +207,21 @@ def _check(x: torch.Tensor, program: str, blob: torch.Tensor) -> None:
         )
 
 
+# Below, `rest` are Settings; torch leaves out what has its default.
+
+
 def _forward(
-    x: torch.Tensor,
-    program: str,
-    blob: torch.Tensor,
-    anchor: torch.Tensor | None = None,
-    backend: str = "auto",
-    threads: int = 0,
+    x: torch.Tensor, program: str, blob: torch.Tensor, anchor: torch.Tensor | None = None, *rest
 ) -> torch.Tensor:
     _check(x, program, blob)
     dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
-    column, _ = choose(program, x.device.type, backend)
+    backend, threads, graphs, deterministic = Settings(*rest)
+    place = gpu.place(x.device)
+    column, _ = choose(program, place, backend)
     if column == "reference":
         y = programs.run_reference(x, program, blob)
+    elif column == "triton":
+        y = walker.run(x, program, blob, place, graphs, deterministic)
     else:
         if x.dtype != torch.uint8 and x.dtype != torch.float32:
             x = x.float()
@@ -202,12 +232,7 @@ def _forward(
 
 
 def _fake(
-    x: torch.Tensor,
-    program: str,
-    blob: torch.Tensor,
-    anchor: torch.Tensor | None = None,
-    backend: str = "auto",
-    threads: int = 0,
+    x: torch.Tensor, program: str, blob: torch.Tensor, anchor: torch.Tensor | None = None, *rest
 ) -> torch.Tensor:
     _check(x, program, blob)
     dtype = torch.float32 if x.dtype == torch.uint8 else x.dtype
@@ -235,18 +260,13 @@ class _NoBackward(torch.autograd.Function):
 
 
 def _autograd(
-    x: torch.Tensor,
-    program: str,
-    blob: torch.Tensor,
-    anchor: torch.Tensor | None = None,
-    backend: str = "auto",
-    threads: int = 0,
+    x: torch.Tensor, program: str, blob: torch.Tensor, anchor: torch.Tensor | None = None, *rest
 ) -> torch.Tensor:
     wants = x.requires_grad or (anchor is not None and anchor.requires_grad)
     if wants and torch.is_grad_enabled():
-        return _NoBackward.apply(x, anchor, program, blob, backend, threads)
+        return _NoBackward.apply(x, anchor, program, blob, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, program, blob, None, backend, threads)
+        return _op(x, program, blob, None, *rest)
 
 
 def _no_backward(grad: torch.Tensor, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -260,7 +280,7 @@ def _no_backward_fake(grad: torch.Tensor, size: Sequence[int], dtype: torch.dtyp
 _library = torch.library.Library("evit_fast", "FRAGMENT")
 _library.define(
     "forward(Tensor x, str program, Tensor blob, Tensor? anchor=None, "
-    'str backend="auto", int threads=0) -> Tensor',
+    'str backend="auto", int threads=0, bool? graphs=None, bool deterministic=False) -> Tensor',
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -276,26 +296,22 @@ _op = torch.ops.evit_fast.forward.default
 
 
 def forward(
-    x: torch.Tensor,
-    program: str,
-    blob: torch.Tensor,
-    anchor: torch.Tensor | None = None,
-    backend: str = "auto",
-    threads: int = 0,
+    x: torch.Tensor, program: str, blob: torch.Tensor, anchor: torch.Tensor | None = None, *rest
 ) -> torch.Tensor:
     """The op. Where nobody could tell the difference, without torch's dispatcher: after a forward
     that went through megabytes of weights its code is out of the caches, and the way through it
     costs 50 us and more, not the 10 us of a warm loop.
     """
     if torch.compiler.is_compiling():
-        return _op(x, program, blob, anchor, backend, threads)
+        return _op(x, program, blob, anchor, *rest)
     wants = x.requires_grad or (anchor is not None and anchor.requires_grad)
     if wants and torch.is_grad_enabled():
-        return _NoBackward.apply(x, anchor, program, blob, backend, threads)
-    if type(x) is torch.Tensor and type(blob) is torch.Tensor and not _observed():
-        return _forward(x, program, blob, None, backend, threads)
+        return _NoBackward.apply(x, anchor, program, blob, *rest)
+    plain = type(x) is torch.Tensor and type(blob) is torch.Tensor and not x.is_neg()
+    if plain and not _observed():
+        return _forward(x, program, blob, None, *rest)
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(x, program, blob, None, backend, threads)
+        return _op(x, program, blob, None, *rest)
 
 
 def _observed() -> bool:

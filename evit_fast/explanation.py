@@ -7,9 +7,10 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from evit_fast import _native, columns
+from evit_fast import _native, columns, gpu, walker
 from evit_fast import program as programs
 from evit_fast.fast import Fused
+from evit_fast.ops.line import dtype_name
 from evit_fast.saved import Program
 
 
@@ -20,7 +21,7 @@ class Row:
     op: str
     column: str
     kernel: str
-    isa: str  # instruction set
+    isa: str  # instruction set or architecture
     dtype: str  # in which it computes
     reason: str
 
@@ -66,20 +67,20 @@ def explain(model: nn.Module) -> Explanation:
             f"explain: expected an accelerated model or a program, got {type(model).__name__}; "
             "call evit_fast.accelerate(model) first"
         )
-    column, why = columns.choose(program, blob.device.type, model.options.backend)
+    place = gpu.place(blob.device)
+    column, why = columns.choose(program, place, model.options.backend)
     ops = programs.parse(program)
     if column == "reference":
+        return Explanation(tuple(_reference_row(op, why) for op in ops))
+    if column == "triton":
+        notes = walker.failures(blob)
+        chosen = walker.columns(program, place.arch)
         return Explanation(
             tuple(
-                Row(
-                    op.line,
-                    column,
-                    f"evit_fast/ops/{op.name}.py",
-                    "PyTorch's own",
-                    str(op.dtype).removeprefix("torch."),
-                    why,
-                )
-                for op in ops
+                _triton_row(op, place, notes)
+                if column.name == "triton"
+                else _reference_row(op, column.reason)
+                for op, column in zip(ops, chosen, strict=True)
             )
         )
     why = why or _isa_reason()
@@ -88,6 +89,32 @@ def explain(model: nn.Module) -> Explanation:
             Row(op.line, column, found["kernel"], found["isa"], found["dtype"], why)
             for op, found in zip(ops, _native.describe(program), strict=True)
         )
+    )
+
+
+def _reference_row(op: programs.Op, why: str) -> Row:
+    return Row(
+        op.line,
+        "reference",
+        f"evit_fast/ops/{op.name}.py",
+        "PyTorch's own",
+        dtype_name(op.dtype),
+        why,
+    )
+
+
+def _triton_row(op: programs.Op, place: gpu.Place, notes: list[str]) -> Row:
+    module = walker.kernel(op.name)
+    rows = module.CONFIGS.arch(place.arch)
+    if rows != place.arch:
+        notes = [f"rows of sm_{rows} serve sm_{place.arch}", *notes]
+    return Row(
+        op.line,
+        "triton",
+        f"kernels/{op.name}.py",
+        "interpreter" if place.interpreted else f"sm_{place.arch}",
+        dtype_name(op.dtype),
+        "; ".join(notes),
     )
 
 

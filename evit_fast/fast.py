@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evit_fast import columns
+from evit_fast import columns, gpu
 from evit_fast import program as programs
 from evit_fast.features import EfficientVitFeatures, take_indices
 from evit_fast.fold import build, fold
@@ -152,7 +152,7 @@ class Fused:
             dtype = self.options.dtype or parameters[0].dtype
             program, blob = build(ops, dtype)
             blob = blob.to(parameters[0].device)
-        self.options.check(program, blob.device)
+            self.options.prepare(program, blob)
         cuts = [0, 1]
         for stage in self.stages:
             down = not isinstance(stage.downsample, nn.Identity)
@@ -177,10 +177,7 @@ class Fused:
             anchor = folded.anchor
             if not ((anchor is not None and anchor.requires_grad) or torch.compiler.is_compiling()):
                 anchor = next(filter(_requires_grad, folded.parameters), None)
-        options = self.options
-        return columns.forward(
-            x, program, folded.blob, anchor, options.backend, options.threads or 0
-        )
+        return columns.forward(x, program, folded.blob, anchor, *self.options.settings)
 
     def _maps(self, x: Tensor, last: int) -> list[Tensor]:
         """Maps of the stages 0..last, NCHW-shaped, in x's dtype."""
@@ -283,13 +280,16 @@ def accelerate(
     backend       auto, reference, cpu, triton or cuda
     strict        raise instead of using the reference column, which is plain PyTorch
     threads       None follows torch.get_num_threads() at each call
-    graphs        CUDA graphs; None decides
+    graphs        CUDA graphs, captured at the second forward of a batch and image size: None for
+                  batches of up to 64 images, True for all, False for none
     deterministic the same bits for an image whatever the batch: holds on a CPU anyway
     calibration   batches (or tuples that start with one), for dtype=torch.int8
 
     ValueError: not an EfficientViT, or a wrong argument. NotImplementedError: nothing here can run
-    it.
+    it. RuntimeError: torch cannot use that device.
     """
+    if device is not None:
+        gpu.check_device(device)
     options = Options(dtype, backend, strict, threads, graphs, deterministic, calibration)
     with _plain_settings():
         fast = replica(model)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from evit_fast.columns import BACKENDS, MAX_THREADS, choose
+from evit_fast import gpu, walker
+from evit_fast.columns import BACKENDS, MAX_THREADS, Settings, choose
 
 COMPUTE = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -48,19 +49,31 @@ class Options:
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
         if self.threads is not None and not (whole and 1 <= self.threads <= MAX_THREADS):
             raise ValueError(f"threads: expected None or 1 to {MAX_THREADS}, got {self.threads!r}")
-        if self.graphs:
-            raise NotImplementedError(
-                "graphs=True: CUDA graphs need a CUDA column, which this version does not have; "
-                "leave graphs at None"
-            )
+        if self.graphs is not None and not isinstance(self.graphs, bool):
+            raise ValueError(f"graphs: expected None, True or False, got {self.graphs!r}")
 
-    def check(self, program: str, device: torch.device) -> None:
-        """Raises where the program cannot run on the device as asked; with strict, where it would
-        fall back.
+    @property
+    def settings(self) -> Settings:
+        """The last arguments of the op."""
+        return Settings(self.backend, self.threads or 0, self.graphs, bool(self.deterministic))
+
+    def prepare(self, program: str, blob: torch.Tensor) -> None:
+        """Puts the weights where the program reads them.
+
+        Raises where it cannot run on the blob's device as asked; with strict, where it or an op of
+        it would fall back.
         """
-        column, why = choose(program, device.type, self.backend)
-        if self.strict and column == "reference" and self.backend != "reference":
+        place = gpu.place(blob.device)
+        column, why = choose(program, place, self.backend)
+        if self.strict and why and self.backend != "reference":
             raise NotImplementedError(
                 f"strict=True: only the reference column can run this here ({why}); "
                 "use strict=False to accept it"
             )
+        if self.graphs and (column != "triton" or place.kind != "cuda"):
+            raise NotImplementedError(
+                f"graphs=True: CUDA graphs need a kernel column on a CUDA device, but the {column} "
+                f"column runs this on {blob.device}; leave graphs at None"
+            )
+        if column == "triton":
+            walker.upload(program, blob, place)

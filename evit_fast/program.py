@@ -78,12 +78,13 @@ def output_shape(program: str, x_shape: Sequence[int]) -> tuple:
     return out
 
 
-def unpack(op: Op, blob: torch.Tensor) -> NamedTuple:
+def unpack(op: Op, blob: torch.Tensor, keep: bool = True) -> NamedTuple:
     """The op's Weights in their natural layout, on the blob's device, in the dtypes of the file.
 
-    A permuted copy, kept until the blob dies or is written to. blob: uint8 [bytes], contiguous.
+    A permuted copy; with `keep` it lives until the blob dies or is written to. blob: uint8 [bytes],
+    contiguous.
     """
-    if blob.is_inference():  # no version counter: a later write could not be seen
+    if not keep or blob.is_inference():  # inference: no version counter would show a later write
         return _unpack(op, blob)
     version, known = _unpacked.get(blob, (None, None))
     if version != blob._version:
@@ -114,7 +115,7 @@ def run_reference(x: torch.Tensor, program: str, blob: torch.Tensor) -> torch.Te
     arithmetic is float32 (float64 in a float64 program).
     ValueError: x, program and blob do not fit together.
     """
-    _check_blob(program, blob, x)
+    _check_x(program, blob, x)
     output_shape(program, x.shape)
     out_dtype = x.dtype if x.is_floating_point() else torch.float32
     with torch.autocast(x.device.type, enabled=False):
@@ -141,17 +142,22 @@ def _verify(program: str, blob_bytes: int) -> None:
     _native.verify(program, blob_bytes)
 
 
-def _check_blob(program: str, blob: torch.Tensor, x: torch.Tensor) -> None:
+def check_blob(program: str, blob: torch.Tensor) -> None:
+    """ValueError: the blob cannot hold the weights of the program."""
     if blob.dtype != torch.uint8 or blob.dim() != 1 or not blob.is_contiguous():
         shape = tuple(blob.shape)
         raise ValueError(f"expected a contiguous blob of uint8 [bytes], got {blob.dtype} {shape}")
+    _verify(program, blob.numel())
+
+
+def _check_x(program: str, blob: torch.Tensor, x: torch.Tensor) -> None:
+    check_blob(program, blob)
     if blob.device != x.device:
         raise ValueError(f"x is on {x.device}, the weights on {blob.device}; move one of them")
     stem_first = program.startswith("stem ")
     if not x.is_floating_point() and not (stem_first and x.dtype == torch.uint8):
         wanted = "floating point or uint8 pixels" if stem_first else "floating point"
         raise ValueError(f"expected x of {wanted}, but it is {x.dtype}; convert it first")
-    _verify(program, blob.numel())
 
 
 def _unpack(op: Op, blob: torch.Tensor) -> NamedTuple:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from evit_fast import columns, container
+from evit_fast import columns, container, gpu
 from evit_fast import program as programs
 from evit_fast.options import Options
 
@@ -45,7 +45,7 @@ class Program(nn.Module):
         ops = programs.parse(program)
         self._pooled = ops[-1].name == "classifier"
         self._features = programs.slice_(program, 0, len(ops) - 1) if self._pooled else program
-        self.options.check(program, blob.device)
+        self.options.prepare(program, blob)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._run(x, self.program)
@@ -85,8 +85,7 @@ class Program(nn.Module):
         return f"{name}: {lines} ops, {self.blob.numel() / 2**20:.1f} MiB"
 
     def _run(self, x: Tensor, program: str) -> Tensor:
-        options = self.options
-        return columns.forward(x, program, self.blob, None, options.backend, options.threads or 0)
+        return columns.forward(x, program, self.blob, None, *self.options.settings)
 
 
 def _folded(what: str) -> str:
@@ -154,8 +153,10 @@ def load(
     """The program in a file written by `save`; arguments as in `accelerate`.
 
     ValueError: the file is damaged or not one of ours. NotImplementedError: nothing here can run
-    it.
+    it. RuntimeError: torch cannot use that device.
     """
+    if device is not None:
+        gpu.check_device(device)
     options = Options(None, backend, strict, threads, graphs, deterministic)
     with torch.inference_mode(False), torch.device("cpu"):
         program, blob, metadata = container.read(path)

@@ -396,7 +396,7 @@ def test_unfrozen_after_folding(m0: EfficientVit):
 
 WRONG = {
     "backend": ({"backend": "tpu"}, ValueError, "reference, cpu, triton, cuda"),
-    "triton": ({"backend": "triton"}, NotImplementedError, "no triton column"),
+    "graphs-kind": ({"graphs": 1}, ValueError, "None, True or False"),
     "cuda": ({"backend": "cuda"}, NotImplementedError, "no cuda column"),
     "cpu-f16": ({"backend": "cpu", "dtype": torch.float16}, NotImplementedError, "float32 only"),
     "int8": ({"dtype": torch.int8}, ValueError, "calibration"),

@@ -93,8 +93,20 @@ def _gpu() -> str:
     cards = []
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        cards.append(f"{p.name} (sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB)")
+        memory = f"{p.total_memory / 2**30:.0f} GiB"
+        cards.append(f"{p.name} (sm_{p.major}{p.minor}, {memory}): {_column(i)}")
     return "; ".join(cards)
+
+
+def _column(index: int) -> str:
+    """Which column serves a GPU, asked for the smallest program there is."""
+    import torch
+
+    from evit_fast import columns, gpu
+
+    place = gpu.place(torch.device("cuda", index))
+    column, why = columns.choose("classifier C=64 N=0 at=0", place)
+    return f"the {column} column" + (f" ({why})" if why else "")
 
 
 def _driver() -> str:
