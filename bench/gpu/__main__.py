@@ -110,12 +110,12 @@ def _plan(args: argparse.Namespace, card: Any) -> Any:
     batches = [int(part) for part in (args.batches or default["batches"]).split(",")]
     if min(batches) < 1:
         raise ValueError(f"--batches: expected numbers of at least 1, got {args.batches}")
+    dtypes = some("--dtypes", args.dtypes or default["dtypes"])
     return Plan(
-        card=card, models=model_names(args.models or default["models"]),
-        dtypes=some("--dtypes", args.dtypes or default["dtypes"]), batches=batches,
-        peers=some("--peers", args.peers or ",".join(known["--peers"])),
+        card=card, models=model_names(args.models or default["models"]), dtypes=dtypes,
+        batches=batches, peers=some("--peers", args.peers or ",".join(known["--peers"])),
         repeats=args.repeats or default["repeats"], rounds=args.rounds or default["rounds"],
-        round_us=0 if card.dry_run else 20_000, size=default["size"], columns=available(card),
+        round_us=20_000, size=default["size"], columns=available(card, dtypes[0]),
     )  # fmt: skip
 
 

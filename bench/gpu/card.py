@@ -16,6 +16,7 @@ from evit_fast.bench.runner import spread
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
+PRODUCT, COPIED = 8192, 1 << 29  # rows of a square matrix; bytes: what the ceilings are measured on
 WARM = 5  # calls before a time: some capture a graph at the second or third
 
 
@@ -143,7 +144,7 @@ class Ceilings:
 def measure_ceilings(card: Card, dtypes: list[str], rounds: int = 7) -> Ceilings:
     """A large matrix product per dtype, a copy of 512 MiB, and one of an eighth of the L2."""
     dry = card.dry_run
-    side, large, small = (64, 1 << 16, 1 << 14) if dry else (8192, 1 << 29, cache_bytes() // 8)
+    side, large, small = (64, 1 << 16, 1 << 14) if dry else (PRODUCT, COPIED, cache_bytes() // 8)
 
     def seconds(call: Callable[[], Any], times: int) -> float:
         run = captured(card, call, 1 if dry else times)

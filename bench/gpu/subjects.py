@@ -62,9 +62,9 @@ class Plan:
             yield from found[:1] if self.card.dry_run else found
 
 
-def available(card: Card) -> dict[str, str]:
+def available(card: Card, dtype: str) -> dict[str, str]:
     """Column -> why it cannot run here, empty where it can."""
-    line = cases("dw_ffn", ["efficientvit_m0"])[0].shape.line(dtype=torch.float16)
+    line = cases("dw_ffn", ["efficientvit_m0"])[0].shape.line(dtype=DTYPES[dtype])
     found = {}
     for name in COLUMNS:
         try:

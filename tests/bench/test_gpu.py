@@ -5,18 +5,21 @@ No test asserts a time.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from evit_fast.bench.gpu import __main__ as gpu
-from evit_fast.bench.gpu import bench, numerics, repeats, subjects, summary
+from evit_fast.bench.gpu import bench, card, numerics, repeats, subjects, summary
 from evit_fast.bench.gpu.card import Card, Ceilings, timing
 from evit_fast.bench.gpu.results import WARNING, Record, Store
 from evit_fast.kernels import picture
@@ -36,6 +39,87 @@ def run(tmp_path, *argv: str) -> int:
 def reference(monkeypatch):
     """The reference column in the place of the kernels, which take Triton's interpreter."""
     monkeypatch.setattr(subjects, "COLUMNS", ("reference",))
+
+
+class _Cuda:
+    """As much of torch.cuda as the script uses, over CPU tensors. A captured call runs once, when
+    it is captured.
+    """
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            assert self.at
+
+        def elapsed_time(self, end) -> float:
+            return (end.at - self.at) * 1e3
+
+    class Stream:
+        def wait_stream(self, other) -> None: ...
+
+    class CUDAGraph:
+        def replay(self) -> None: ...
+
+    def current_stream(self) -> Stream:
+        return self.Stream()
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    graph = stream
+
+    def synchronize(self) -> None: ...
+
+    empty_cache = synchronize
+
+    def get_device_properties(self, index: int):
+        return SimpleNamespace(L2_cache_size=1 << 16)
+
+
+@pytest.fixture
+def pretended_card(monkeypatch):
+    """The script believes in a card; ops run in the native CPU column, in float32."""
+    made = subjects.fused
+    without = lambda *args, graphs=None, **options: made(*args, **options)  # noqa: E731
+    for module in (subjects, numerics, repeats, bench):
+        monkeypatch.setattr(module, "fused", without, raising=False)
+    monkeypatch.setattr(subjects, "COLUMNS", ("cpu", "cuda"))
+    for name in [name for name in dir(_Cuda) if not name.startswith("_")]:
+        monkeypatch.setattr(torch.cuda, name, getattr(_Cuda(), name))
+    monkeypatch.setattr(Card, "device", torch.device("cpu"))
+    monkeypatch.setattr(card, "PRODUCT", 64)
+    monkeypatch.setattr(card, "COPIED", 1 << 16)
+    monkeypatch.setattr(card, "here", lambda: Card("NVIDIA Pretended", 90, False))
+    monkeypatch.setattr(bench.peers, "GROUPS", (("eager", "folded", "graph", "jit"),))
+
+
+@needs_no_card
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_code_of_a_card(tmp_path, pretended_card, capsys) -> None:
+    """Every part as a card has it: sizes, batches, graphs, events, ceilings, peers."""
+    argv = ("--models", "m0", "--dtypes", "float32", "--batches", "1,3", "--repeats", "3")
+    assert run(tmp_path, *argv, "--rounds", "2") == 0, capsys.readouterr().out
+    saved = json.loads((tmp_path / "gpu-nvidia-pretended.json").read_text())
+    assert saved["dry_run"] is False and not any(r["dry_run"] for r in saved["records"])
+    records = saved["records"]
+    assert {record["part"] for record in records} == set(gpu.PARTS)
+    timed = {r["column"]: r for r in records if r["part"] == "bench" and r["check"] == "batch 3"}
+    assert set(timed) == {"cpu", "eager", "folded", "graph", "jit"}
+    assert all(record["us"] > 0 and record["error"] < 1e-5 for record in timed.values())
+    assert {r["nearer"] for r in records if r["share"] != ""} <= {"float32 FLOP/s", "L2", "memory"}
+    shapes = [r["shape"] for r in records if r["item"] == "cga" and r["part"] == "ops"]
+    assert len(shapes) == 6 and any(shape.startswith("3x14x14 cga C=64") for shape in shapes)
+    text = (tmp_path / "gpu-nvidia-pretended.md").read_text()
+    assert "over the best peer" in text and WARNING not in text
+    assert "captured by the caller, graph" in {r["check"] for r in records}
+    assert run(tmp_path, *argv, "--rounds", "2") == 0
+    assert "  ops/" not in capsys.readouterr().out.rpartition("column cuda")[2]  # all done
 
 
 @needs_no_card
