@@ -79,6 +79,7 @@ class Special(NamedTuple):
     shape: LineShape
     side: int  # of the input map
     batch: int
+    step: int  # of the op's launches, from 0
     launch: Launch
 
 
@@ -217,10 +218,11 @@ def every_launch(op: str, dtype: torch.dtype, arch: int) -> Iterator[Special]:
         for B in BATCHES:
             for deterministic in (False, True):
                 for x_dtype in (dtype, torch.uint8)[: 2 if op == "stem" else 1]:
-                    for launch in plan(
+                    launches = plan(
                         s, dtype, B, side, side, arch, x_dtype, deterministic=deterministic
-                    ):
-                        yield Special(op, s, side, B, launch)
+                    )
+                    for step, launch in enumerate(launches):
+                        yield Special(op, s, side, B, step, launch)
 
 
 @cache
@@ -232,20 +234,20 @@ def binaries(op: str, dtype: torch.dtype, arch: int) -> tuple[Special, ...]:
     return tuple(found.values())
 
 
-KEY = ("op", "kernel", "shape", "batch", "dtype", "arch", "tiles")
+KEY = ("op", "step", "kernel", "shape", "batch", "dtype", "arch", "tiles")
 VALUES = ("registers", "stack", "shared_bytes", "mma", "local")
 
 
 def row_key(special: Special, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
     """What names a row of the table: the fields of KEY as text."""
-    op, s, side, batch, (kernel, _, args, _, config) = special
+    op, s, side, batch, step, (kernel, _, args, _, config) = special
     shape = " ".join(s.line().split(" ")[1:-1]) + f" {side}x{side}"
     if any(t.dtype == torch.uint8 for t in args.values() if isinstance(t, torch.Tensor)):
         shape += " pixels"
     tiles = " ".join(f"{name}={value}" for name, value in config.tiles.items())
     tiles = f"{tiles} warps={config.num_warps} stages={config.num_stages}".strip()
     name = kernel.fn.__name__
-    return op, name, shape, str(batch), dtype_name(dtype), str(arch), tiles
+    return op, str(step), name, shape, str(batch), dtype_name(dtype), str(arch), tiles
 
 
 def row_values(r: Resources) -> tuple[str, ...]:
@@ -268,7 +270,7 @@ def write_table(
     """Replaces the rows of every (op, dtype, arch) in `asked`, or all of another Triton version."""
     version, known = read_table(path)
     if version == triton.__version__:
-        kept = {key: v for key, v in known.items() if (key[0], key[4], key[5]) not in asked}
+        kept = {key: v for key, v in known.items() if (key[0], key[5], key[6]) not in asked}
         rows = {**kept, **rows}
     with open(path, "w", newline="") as f:
         f.write(f"# triton {triton.__version__}\n")
@@ -311,12 +313,12 @@ def measure(
 
 def faults(key: tuple[str, ...], r: Resources) -> list[str]:
     """What no shipped kernel may do, in words."""
-    limit, found = SHARED_LIMIT[int(key[5])], []
+    limit, found = SHARED_LIMIT[int(key[6])], []
     if r.stack or r.local:
         found.append(f"{r.stack} bytes of stack, {r.local} local loads and stores")
     if r.shared_bytes > limit:
         found.append(f"{r.shared_bytes} bytes of shared memory, {limit} at most")
-    if key[4] != "float32" and r.dots and not r.mma:
+    if key[5] != "float32" and r.dots and not r.mma:
         found.append(f"{r.dots} matrix products without tensor cores")
     return found
 
@@ -347,7 +349,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{r.shared_bytes / 1024:>5.1f} KiB {r.mma:>4} mma {r.ffma:>5} ffma "
                 f"{r.seconds:.1f} s"
             )
-        name = "{} {}  {}  B={}  {} sm_{}  {}".format(*key)
+        name = "{} {} {}  {}  B={}  {} sm_{}  {}".format(*key)
         print(f"{name}  {numbers}{'  WRONG: ' + '; '.join(wrong) if wrong else ''}", flush=True)
     print(f"{len(rows)} kernels, {bad} wrong")
     if args.write:

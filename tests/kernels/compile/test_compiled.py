@@ -11,7 +11,7 @@ from evit_fast.kernels.compiled import Resources, cache_key, compile_launch, fau
 from tests.kernels import tiny
 from tests.ops import eager
 
-ROW = ("cga", "cga_kernel", "C=64 14x14", "1", "float16", "86", "BT=16 warps=4 stages=2")
+ROW = ("cga", "0", "cga_kernel", "C=64 14x14", "1", "float16", "86", "BT=16 warps=4 stages=2")
 
 
 @pytest.mark.parametrize("arch", compiled.ARCHS)
@@ -36,14 +36,14 @@ def test_a_kernel_that_spills_is_seen():
 def test_a_kernel_that_exceeds_the_shared_memory_of_a_card_is_seen():
     r = Resources(32, 0, 100 << 10, mma=8, ffma=0, local=0, dots=1, seconds=1.0)
     assert "101376 at most" in faults(ROW, r)[0]  # sm_86
-    assert not faults((*ROW[:5], "80", ROW[6]), r)
+    assert not faults((*ROW[:6], "80", ROW[7]), r)
 
 
 def test_a_half_precision_kernel_without_tensor_cores_is_seen():
     r = Resources(32, 0, 1 << 10, mma=0, ffma=64, local=0, dots=1, seconds=1.0)
     assert "tensor cores" in faults(ROW, r)[0]
     assert not faults(ROW, r._replace(dots=0))  # pooling multiplies nothing
-    assert not faults((*ROW[:4], "float32", *ROW[5:]), r)
+    assert not faults((*ROW[:5], "float32", *ROW[6:]), r)
 
 
 def test_another_size_is_the_same_binary_unless_the_kernel_specialises_it():
@@ -78,9 +78,9 @@ def test_maps_are_as_large_as_in_the_models():
 def test_writing_keeps_the_rows_that_were_not_asked_for(tmp_path):
     path = tmp_path / "compiled.csv"
     values = ("64", "0", "1024", "8", "0")
-    other = (*ROW[:5], "90", ROW[6])
+    other = (*ROW[:6], "90", ROW[7])
     compiled.write_table({ROW: values, other: values}, set(), path)
-    new, asked = (*ROW[:2], "C=128 7x7", *ROW[3:]), {("cga", "float16", "86")}
+    new, asked = (*ROW[:3], "C=128 7x7", *ROW[4:]), {("cga", "float16", "86")}
     compiled.write_table({new: values}, asked, path)
     version, rows = compiled.read_table(path)
     assert version == compiled.triton.__version__
@@ -92,16 +92,16 @@ def test_a_table_of_another_triton_is_written_anew(tmp_path, monkeypatch):
     values = ("64", "0", "1024", "8", "0")
     compiled.write_table({ROW: values}, set(), path)
     monkeypatch.setattr(compiled.triton, "__version__", "9.9.9")
-    other = (*ROW[:5], "90", ROW[6])
+    other = (*ROW[:6], "90", ROW[7])
     compiled.write_table({other: values}, {("cga", "float16", "90")}, path)
     assert compiled.read_table(path) == ("9.9.9", {other: values})
 
 
 def test_rows_lie_in_the_order_of_their_numbers(tmp_path):
     path = tmp_path / "compiled.csv"
-    rows = [(*ROW[:2], f"C={C} 7x7", *ROW[3:]) for C in (128, 64, 1024)]
+    rows = [(*ROW[:3], f"C={C} 7x7", *ROW[4:]) for C in (128, 64, 1024)]
     compiled.write_table({row: ("1",) * 5 for row in rows}, set(), path)
-    assert [row[2] for row in compiled.read_table(path)[1]] == [
+    assert [row[3] for row in compiled.read_table(path)[1]] == [
         "C=64 7x7",
         "C=128 7x7",
         "C=1024 7x7",

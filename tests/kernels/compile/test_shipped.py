@@ -22,7 +22,7 @@ def quick() -> set[tuple[str, ...]]:
     """
     most: dict[tuple[str, ...], tuple[str, ...]] = {}
     for key, values in TABLE.items():
-        op, kernel, _, _, dtype, arch, _ = key
+        op, _, kernel, _, _, dtype, arch, _ = key
         turn = compiled.ARCHS.index(int(arch)) + list(OPS).index(op)
         if dtype == dtype_name(compiled.DTYPES[turn % len(compiled.DTYPES)]):
             best = most.setdefault((op, kernel, arch), key)
@@ -59,7 +59,7 @@ def jobs() -> list:
 
 
 def special(key: tuple[str, ...]) -> compiled.Special:
-    op, dtype, arch = key[0], getattr(torch, key[4]), int(key[5])
+    op, dtype, arch = key[0], getattr(torch, key[5]), int(key[6])
     for found in compiled.binaries(op, dtype, arch):
         if compiled.row_key(found, dtype, arch) == key:
             return found
@@ -74,14 +74,14 @@ def test_the_table_is_of_this_triton():
 def test_the_table_holds_every_launch(op, dtype, arch):
     needed = [compiled.row_key(b, dtype, arch) for b in compiled.binaries(op, dtype, arch)]
     assert len(needed) == len(set(needed)), "two binaries share a row: add what tells them apart"
-    held = {k for k in TABLE if (k[0], k[4], k[5]) == (op, dtype_name(dtype), str(arch))}
+    held = {k for k in TABLE if (k[0], k[5], k[6]) == (op, dtype_name(dtype), str(arch))}
     assert not set(needed) - held, REWRITE
     assert not held - set(needed), REWRITE
 
 
 @pytest.mark.parametrize("key", rows())
 def test_no_kernel_spills_and_none_has_drifted(key):
-    r = compiled.compile_launch(special(key).launch, int(key[5]))
+    r = compiled.compile_launch(special(key).launch, int(key[6]))
     assert not compiled.faults(key, r)
     assert compiled.row_values(r) == TABLE[key], f"{compiled.VALUES} drifted; {REWRITE}"
 
