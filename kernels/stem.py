@@ -3,10 +3,10 @@
 Meaning and shapes: evit_fast/ops/stem.py. Three launches, C1 = C/8 .. C4 = C:
 
     stem_pixels_kernel   x -> map 2 [B, H2, W2, C2]. One program = BT positions of map 2, BN of its
-        channels. For each tap of conv2 the values of map 1 that it needs are computed from pixels,
-        one product [BT, 9*IN] x [9*IN, C1]. Map 1, the largest map of the network, is computed
-        2.25 times over and never stored: at 224 pixels and C=192 that is 57 MFLOP more an image,
-        against 1.2 MB less to and from memory.
+        channels. The values of map 1 that a tap of conv2 needs, or a row of three, are computed
+        from pixels by one product and go into the next. Map 1, the largest map of the network, is
+        computed 2.25 times over and never stored: at 224 pixels and C=192 that is 20 MFLOP more an
+        image, against 1.2 MB less to and from memory, and one launch.
     stem_conv_kernel     map 2 -> map 3, map 3 -> y. One program = BT tokens of the whole batch, BN
         channels; an implicit matrix product over K = 9*CIN, k = (tap, channel), so that 24 or 48
         channels fill its blocks as well as 32 do.
@@ -25,72 +25,78 @@ import triton.language as tl
 
 from evit_fast.kernels.dot import dot
 from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, refusal, run
-from evit_fast.ops import stem as meaning
-from evit_fast.ops.stem import Shape, Weights
+from evit_fast.ops.stem import Shape, Weights, out_hw
 
-FEW_TOKENS = (
-    2048  # of the output; 10 images of 224 pixels. Beyond, "many" has a program for each SM
-)
+FEW_TOKENS = 2048  # of the output: 10 images of 224 pixels; more give each SM a "many" program
 
-# Keys: (kernel, bytes of a value, C or "wide" above 192, images "few" or "many").
-# pixels: BT positions, BK of the 9*IN taps at a time. "wide": C2 is cut into blocks of BN.
-# conv: BT tokens, BN channels, BK of K. 192: BN=32 divides map 3's 96 channels.
+
+def _pixels(BT: int, BN: int, TAPS: int, warps: int = 4) -> Config:
+    return Config({"BT": BT, "BN": BN, "BK": 64 if TAPS == 3 else 32, "TAPS": TAPS}, warps, 1)
+
+
+def _conv(BT: int, BN: int, BK: int, warps: int = 4, stages: int = 3) -> Config:
+    return Config({"BT": BT, "BN": BN, "BK": BK}, warps, stages)
+
+
+# Keys: kernel, bytes of a value, C ("wide": above 192), tokens.
+# pixels: a row of 3 taps runs 3 steps of long latency in the place of 9, and M0 with 0.7 of the
+# instructions; with more channels, map 1's 3*C1 columns leave too few warps on an SM, or spill.
+# conv, C=192: BN=32 divides map 3's 96 channels.
 CONFIGS = Table(
-    {
+    op="stem",
+    rows={
         80: {
-            ("pixels", 2, 64, "few"): Config({"BT": 32, "BN": 16, "BK": 32}, 4, 1),
-            ("pixels", 2, 64, "many"): Config({"BT": 128, "BN": 16, "BK": 32}, 4, 1),
-            ("pixels", 2, 128, "few"): Config({"BT": 32, "BN": 32, "BK": 32}, 4, 1),
-            ("pixels", 2, 128, "many"): Config({"BT": 128, "BN": 32, "BK": 32}, 4, 1),
-            ("pixels", 2, 192, "few"): Config({"BT": 32, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 2, 192, "many"): Config({"BT": 128, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 2, "wide", "few"): Config({"BT": 32, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 2, "wide", "many"): Config({"BT": 32, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 4, 64, "few"): Config({"BT": 32, "BN": 16, "BK": 32}, 4, 1),
-            ("pixels", 4, 64, "many"): Config({"BT": 64, "BN": 16, "BK": 32}, 4, 1),
-            ("pixels", 4, 128, "few"): Config({"BT": 32, "BN": 32, "BK": 32}, 4, 1),
-            ("pixels", 4, 128, "many"): Config({"BT": 64, "BN": 32, "BK": 32}, 4, 1),
-            ("pixels", 4, 192, "few"): Config({"BT": 32, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 4, 192, "many"): Config({"BT": 64, "BN": 64, "BK": 32}, 4, 1),
-            ("pixels", 4, "wide", "few"): Config({"BT": 32, "BN": 32, "BK": 32}, 4, 1),
-            ("pixels", 4, "wide", "many"): Config({"BT": 32, "BN": 32, "BK": 32}, 4, 1),
-            ("conv", 2, 64, "few"): Config({"BT": 16, "BN": 16, "BK": 64}, 2, 4),
-            ("conv", 2, 64, "many"): Config({"BT": 128, "BN": 32, "BK": 64}, 4, 3),
-            ("conv", 2, 128, "few"): Config({"BT": 16, "BN": 32, "BK": 64}, 4, 4),
-            ("conv", 2, 128, "many"): Config({"BT": 128, "BN": 64, "BK": 64}, 4, 3),
-            ("conv", 2, 192, "few"): Config({"BT": 16, "BN": 32, "BK": 64}, 4, 4),
-            ("conv", 2, 192, "many"): Config({"BT": 128, "BN": 32, "BK": 64}, 4, 3),
-            ("conv", 2, "wide", "few"): Config({"BT": 16, "BN": 64, "BK": 64}, 4, 4),
-            ("conv", 2, "wide", "many"): Config({"BT": 128, "BN": 64, "BK": 64}, 4, 3),
-            ("conv", 4, 64, "few"): Config({"BT": 16, "BN": 16, "BK": 32}, 2, 3),
-            ("conv", 4, 64, "many"): Config({"BT": 64, "BN": 32, "BK": 32}, 4, 3),
-            ("conv", 4, 128, "few"): Config({"BT": 16, "BN": 32, "BK": 32}, 4, 3),
-            ("conv", 4, 128, "many"): Config({"BT": 64, "BN": 64, "BK": 32}, 4, 3),
-            ("conv", 4, 192, "few"): Config({"BT": 16, "BN": 32, "BK": 32}, 4, 3),
-            ("conv", 4, 192, "many"): Config({"BT": 64, "BN": 32, "BK": 32}, 4, 3),
-            ("conv", 4, "wide", "few"): Config({"BT": 16, "BN": 32, "BK": 32}, 4, 3),
-            ("conv", 4, "wide", "many"): Config({"BT": 64, "BN": 64, "BK": 32}, 4, 3),
-        },
-    }
+            ("pixels", 2, 64, "few"): _pixels(32, 16, 3),
+            ("pixels", 2, 128, "few"): _pixels(32, 32, 3),
+            ("pixels", 2, 192, "few"): _pixels(32, 64, 3),
+            ("pixels", 2, "wide", "few"): _pixels(32, 64, 1),
+            ("pixels", 2, 64, "many"): _pixels(64, 16, 3),
+            ("pixels", 2, 128, "many"): _pixels(128, 32, 1),
+            ("pixels", 2, 192, "many"): _pixels(128, 64, 1),
+            ("pixels", 2, "wide", "many"): _pixels(32, 64, 1),
+            ("pixels", 4, 64, "few"): _pixels(32, 16, 1),
+            ("pixels", 4, 128, "few"): _pixels(32, 32, 1),
+            ("pixels", 4, 192, "few"): _pixels(32, 64, 1),
+            ("pixels", 4, "wide", "few"): _pixels(32, 32, 1),
+            ("pixels", 4, 64, "many"): _pixels(64, 16, 1),
+            ("pixels", 4, 128, "many"): _pixels(64, 32, 1),
+            ("pixels", 4, 192, "many"): _pixels(64, 64, 1),
+            ("pixels", 4, "wide", "many"): _pixels(32, 32, 1),
+            ("conv", 2, 64, "few"): _conv(16, 16, 64, 2, 4),
+            ("conv", 2, 128, "few"): _conv(16, 32, 64, 4, 4),
+            ("conv", 2, 192, "few"): _conv(16, 32, 64, 4, 4),
+            ("conv", 2, "wide", "few"): _conv(16, 64, 64, 4, 4),
+            ("conv", 2, 64, "many"): _conv(128, 32, 64),
+            ("conv", 2, 128, "many"): _conv(128, 64, 64),
+            ("conv", 2, 192, "many"): _conv(128, 32, 64),
+            ("conv", 2, "wide", "many"): _conv(128, 64, 64),
+            ("conv", 4, 64, "few"): _conv(16, 16, 32, 2),
+            ("conv", 4, 128, "few"): _conv(16, 32, 32),
+            ("conv", 4, 192, "few"): _conv(16, 32, 32),
+            ("conv", 4, "wide", "few"): _conv(16, 32, 32),
+            ("conv", 4, 64, "many"): _conv(64, 32, 32),
+            ("conv", 4, 128, "many"): _conv(64, 64, 32),
+            ("conv", 4, 192, "many"): _conv(64, 32, 32),
+            ("conv", 4, "wide", "many"): _conv(64, 64, 32),
+        }
+    },
 )
 
 
-def CANDIDATES(s: Shape, dtype: torch.dtype) -> Mapping[str, list[Config]]:
-    """Rows worth trying, by kernel."""
-    narrow = dtype.itemsize == 2
-    bn = min(64, triton.next_power_of_2(s.C // 4))
+def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
+    """What `evit-fast tune` tries beside the rows, by kernel."""
+    BN = min(64, triton.next_power_of_2(s.C // 4))
+    if dtype.itemsize == 4:
+        sizes = [(BT, BN) for BT in (16, 32, 64) for BN in (32, 64)]
+        return {
+            "pixels": [_pixels(BT, BN, 1, warps) for BT in (32, 64) for warps in (4, 8)],
+            "conv": [_conv(*size, 32, 4, stages) for size in sizes for stages in (2, 4)],
+        }
+    sizes = [(16, 32), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128)]
     return {
-        "pixels": [
-            Config({"BT": bt, "BN": bn, "BK": 32}, warps, 1)
-            for bt in ((32, 64, 128) if narrow else (32, 64))
-            for warps in (4, 8)
-        ],
-        "conv": [
-            Config({"BT": bt, "BN": bn, "BK": 64 if narrow else 32}, 4, stages)
-            for bt in ((16, 64, 128) if narrow else (16, 64))
-            for bn in (32, 64)
-            for stages in (2, 4)
-        ],
+        "pixels": [_pixels(BT, BN, 1, warps) for BT in (64, 128) for warps in (4, 8)]
+        + [_pixels(BT, BN, 3, warps) for BT in (16, 32, 64, 128) for warps in (4, 8)],
+        "conv": [_conv(*size, 64, 4, stages) for size in sizes for stages in (2, 3, 5)],
     }
 
 
@@ -101,21 +107,24 @@ def relu(x):
 
 
 @triton.jit
-def pixel_taps(x_ptr, pad_ptr, row, col, k, H, W, stride_c, stride_h, stride_w, IN: tl.constexpr):
-    """Inputs k = (tap, channel) of conv1 of windows at pixel (row, col): [BT, BK] float32.
+def pixels(
+    x_ptr, pad_ptr, row, col, k, H, W, stride_c, stride_h, stride_w,
+    IN: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Pixels k = (row, column, channel) of patches 3 x COLS with top left corner (row, col).
 
-    Loaded as [BK, BT]: neighbours in x are neighbours in a warp, whichever stride is 1.
+    [BT, BK] float32. Loaded as [BK, BT]: neighbours in the map are neighbours in a warp.
     """
-    tap, ci = k // IN, k % IN
-    rows = row[None, :] + (tap // 3)[:, None]  # [BK, BT]
-    cols = col[None, :] + (tap % 3)[:, None]
-    inside = (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W) & (k < 9 * IN)[:, None]
+    ky, kx, ci = k // (COLS * IN), k // IN % COLS, k % IN
+    rows, cols = row[None, :] + ky[:, None], col[None, :] + kx[:, None]  # [BK, BT]
+    wanted = k < 3 * COLS * IN
+    inside = (rows >= 0) & (rows < H) & (cols >= 0) & (cols < W) & wanted[:, None]
     offs_t = row * stride_h + col * stride_w
-    offs_k = (tap // 3) * stride_h + (tap % 3) * stride_w + ci * stride_c
+    offs_k = ky * stride_h + kx * stride_w + ci * stride_c
     x = tl.load(x_ptr + (offs_t[None, :] + offs_k[:, None]), mask=inside, other=0)
     x = x.to(tl.float32)
     if x_ptr.dtype.element_ty == tl.uint8:
-        pad = tl.load(pad_ptr + ci, mask=k < 9 * IN, other=0.0)
+        pad = tl.load(pad_ptr + ci, mask=wanted, other=0.0)
         x = tl.where(inside, x, pad[:, None])
     return tl.trans(x)
 
@@ -124,13 +133,15 @@ def pixel_taps(x_ptr, pad_ptr, row, col, k, H, W, stride_c, stride_h, stride_w, 
 def stem_pixels_kernel(
     y_ptr, x_ptr, w1_ptr, bias1_ptr, pad_ptr, w2_ptr, bias2_ptr,
     H, W, stride_b, stride_c, stride_h, stride_w,
-    IN: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, C1P: tl.constexpr, WIDE: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    IN: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, WIDE: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TAPS: tl.constexpr, TC: tl.constexpr,
 ):  # fmt: skip
-    """relu(conv2(relu(conv1(x)))): x [B, IN, H, W] -> y [B, H2, W2, C2]. C1P: C1 as a power of 2.
+    """relu(conv2(relu(conv1(x)))): x [B, IN, H, W] -> y [B, H2, W2, C2].
 
-    Grid (B * blocks of BT positions, blocks of BN channels).
+    TAPS of conv2 at a time, 1 or a row of 3: their TAPS*C1 inputs, at most TC, come from patches of
+    3 x COLS pixels. Grid (B * blocks of BT positions, blocks of BN channels).
     """
+    COLS: tl.constexpr = 2 * TAPS + 1
     dtype = w1_ptr.dtype.element_ty
     H1, W1 = (H + 1) // 2, (W + 1) // 2
     H2, W2 = (H1 + 1) // 2, (W1 + 1) // 2
@@ -140,27 +151,31 @@ def stem_pixels_kernel(
     mask_t = offs_t < H2 * W2
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
     mask_n = offs_n < C2
-    offs_c = tl.arange(0, C1P)
-    mask_c = offs_c < C1
+    offs_c = tl.arange(0, TC)  # (tap, channel of map 1)
+    mask_c = offs_c < TAPS * C1
+    dx, c1 = offs_c // C1, offs_c % C1
     x_ptr += b * stride_b
-    bias1 = tl.load(bias1_ptr + offs_c, mask=mask_c, other=0.0)
+    bias1 = tl.load(bias1_ptr + c1, mask=mask_c, other=0.0)
     acc = tl.zeros([BT, BN], tl.float32)
-    for tap in range(9):
-        row = 2 * (offs_t // W2) + tap // 3 - 1  # of map 1
+    for tap in range(0, 9, TAPS):
+        row = 2 * (offs_t // W2) + tap // 3 - 1  # in map 1, of the first tap
         col = 2 * (offs_t % W2) + tap % 3 - 1
-        h = tl.zeros([BT, C1P], tl.float32)
-        for k0 in range(0, 9 * IN, BK):
+        h = tl.zeros([BT, TC], tl.float32)
+        for k0 in range(0, 3 * COLS * IN, BK):
             k = k0 + tl.arange(0, BK)
-            x = pixel_taps(
-                x_ptr, pad_ptr, 2 * row - 1, 2 * col - 1, k, H, W, stride_c, stride_h, stride_w, IN
-            )
-            mask_w1 = (k < 9 * IN)[:, None] & mask_c[None, :]
-            w1 = tl.load(w1_ptr + k[:, None] * C1 + offs_c[None, :], mask=mask_w1, other=0.0)
+            x = pixels(
+                x_ptr, pad_ptr, 2 * row - 1, 2 * col - 1, k, H, W, stride_c, stride_h, stride_w,
+                IN, COLS,
+            )  # fmt: skip
+            kx = (k // IN % COLS)[:, None] - 2 * dx[None, :]  # column of conv1 that meets the pixel
+            k1 = (k // (COLS * IN) * 3 * IN + k % IN)[:, None] + kx * IN
+            mask_w1 = (kx >= 0) & (kx < 3) & (k < 3 * COLS * IN)[:, None] & mask_c[None, :]
+            w1 = tl.load(w1_ptr + k1 * C1 + c1[None, :], mask=mask_w1, other=0.0)
             h = dot(x.to(dtype), w1, h, WIDE)
-        h = relu(h + bias1[None, :])
-        inside = mask_t & (row >= 0) & (row < H1) & (col >= 0) & (col < W1)
-        # Channels past C1 too: Inf * 0 would have made them NaN.
-        h = tl.where(inside[:, None] & mask_c[None, :], h, 0.0)  # [BT, C1P]
+        cols = col[:, None] + dx[None, :]
+        inside = (mask_t & (row >= 0) & (row < H1))[:, None] & (cols >= 0) & (cols < W1)
+        # Columns past TAPS*C1 too: Inf * 0 has made them NaN.
+        h = tl.where(inside & mask_c[None, :], relu(h + bias1[None, :]), 0.0)  # [BT, TC]
         offs_w2 = (tap * C1 + offs_c)[:, None] * C2 + offs_n[None, :]
         w2 = tl.load(w2_ptr + offs_w2, mask=mask_c[:, None] & mask_n[None, :], other=0.0)
         acc = dot(h.to(dtype), w2, acc, WIDE)
@@ -247,8 +262,8 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
 
 
 def maps(s: Shape, H: int, W: int) -> list[tuple[int, int, int]]:
-    """(H, W, C) of x and of what each of the four convolutions gives."""
-    found = [(H, W, s.in_)]
+    """(H, W, C) of what each of the four convolutions gives for an image of H x W pixels."""
+    found = []
     for C in s.widths[1:]:
         H, W = (H + 1) // 2, (W + 1) // 2
         found.append((H, W, C))
@@ -261,15 +276,14 @@ def _map_bytes(dtype: torch.dtype, B: int, H: int, W: int, C: int) -> int:
 
 def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
     """Bytes: maps 2 and 3."""
-    _, _, map2, map3, _ = maps(s, H, W)
-    return _map_bytes(dtype, B, *map2) + _map_bytes(dtype, B, *map3)
+    return sum(_map_bytes(dtype, B, *of) for of in maps(s, H, W)[1:3])
 
 
 def shape_class(
     s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool
 ) -> tuple[int, int | str, str]:
     """Key of CONFIGS without the kernel's name."""
-    h, w = meaning.out_hw(H, W)
+    h, w = out_hw(H, W)
     few = not deterministic and B * h * w <= FEW_TOKENS
     return dtype.itemsize, s.C if s.C <= 192 else "wide", "few" if few else "many"
 
@@ -293,74 +307,52 @@ def plan(
     B, IN, H, W = x.shape
     if B == 0:
         return []
-    span = sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    (_, _, _), (H1, W1, C1), (H2, W2, C2), (H3, W3, C3), (H4, W4, C4) = maps(s, H, W)
-    if max(span, H1 * W1 * C1) >= 2**31:
+    (H1, W1, C1), (H2, W2, C2), (H3, W3, C3), (H4, W4, C4) = maps(s, H, W)
+    reach = sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    if max(reach, H1 * W1 * C1) >= 2**31:
         raise NotImplementedError(
-            f"stem: x {list(x.shape)} with strides {list(x.stride())} needs offsets above 2^31 "
-            "inside one image; use a smaller or a contiguous image"
+            f"stem: x {list(x.shape)} with strides {list(x.stride())} needs offsets of 2^31 and "
+            "more inside one image; use smaller images or a contiguous x"
         )
-    dtype = w.conv2.dtype
+    dtype, config = w.conv2.dtype, config or {}
     key = shape_class(s, dtype, B, H, W, deterministic)
-    config = {name: CONFIGS.row(arch, (name, *key)) for name in ("pixels", "conv")} | dict(
-        config or {}
-    )
+    row = {k: config.get(k) or CONFIGS.row(arch, (k, *key)) for k in ("pixels", "conv")}
     end = _map_bytes(dtype, B, H2, W2, C2)
     map2 = space[:end].view(dtype)
     map3 = space[end : end + _map_bytes(dtype, B, H3, W3, C3)].view(dtype)
-    pixels = x.dtype == torch.uint8
-    wide = INTERPRETED and dtype == torch.bfloat16
-    strides = dict(zip(("stride_b", "stride_c", "stride_h", "stride_w"), x.stride(), strict=True))
-    tiles = config["pixels"].tiles
-    launches = [
-        Launch(
-            stem_pixels_kernel,
-            (B * cdiv(H2 * W2, tiles["BT"]), cdiv(C2, tiles["BN"])),
-            {
-                "y_ptr": map2,
-                "x_ptr": x,
-                "w1_ptr": w.conv1_u8 if pixels else w.conv1,
-                "bias1_ptr": w.bias1_u8 if pixels else w.bias1,
-                "pad_ptr": w.pad_u8,
-                "w2_ptr": w.conv2,
-                "bias2_ptr": w.bias2,
-                "H": H,
-                "W": W,
-                **strides,
-            },
-            {
-                "IN": IN,
-                "C1": C1,
-                "C2": C2,
-                "C1P": max(16, triton.next_power_of_2(C1)),
-                "WIDE": wide,
-            },
-            config["pixels"],
-        )
-    ]
-    tiles = config["conv"].tiles
-    for out, inp, conv, bias, (H, W, CIN), (HO, WO, COUT), relu_after in (
-        (map3, map2, w.conv3, w.bias3, (H2, W2, C2), (H3, W3, C3), True),
-        (y, map3, w.conv4, w.bias4, (H3, W3, C3), (H4, W4, C4), False),
-    ):
-        launches.append(
-            Launch(
-                stem_conv_kernel,
-                (cdiv(B * HO * WO, tiles["BT"]), cdiv(COUT, tiles["BN"])),
-                {
-                    "y_ptr": out,
-                    "x_ptr": inp,
-                    "w_ptr": conv,
-                    "bias_ptr": bias,
-                    "B": B,
-                    "H": H,
-                    "W": W,
-                },
-                {"CIN": CIN, "COUT": COUT, "RELU": relu_after, "WIDE": wide},
-                config["conv"],
-            )
-        )
-    return launches
+    is_u8 = x.dtype == torch.uint8
+    conv1, bias1 = (w.conv1_u8, w.bias1_u8) if is_u8 else (w.conv1, w.bias1)
+    names = ("stride_b", "stride_c", "stride_h", "stride_w")
+    wide = {"WIDE": INTERPRETED and dtype == torch.bfloat16}
+    tiles = row["pixels"].tiles
+    TC = max(16, triton.next_power_of_2(tiles["TAPS"] * C1))
+    pixels = Launch(
+        stem_pixels_kernel,
+        (B * cdiv(H2 * W2, tiles["BT"]), cdiv(C2, tiles["BN"])),
+        {"y_ptr": map2, "x_ptr": x, "w1_ptr": conv1, "bias1_ptr": bias1, "pad_ptr": w.pad_u8}
+        | {"w2_ptr": w.conv2, "bias2_ptr": w.bias2, "H": H, "W": W}
+        | dict(zip(names, x.stride(), strict=True)),
+        {"IN": IN, "C1": C1, "C2": C2, "TC": TC} | wide,
+        row["pixels"],
+    )
+    tiles = row["conv"].tiles
+    third = Launch(
+        stem_conv_kernel,
+        (cdiv(B * H3 * W3, tiles["BT"]), cdiv(C3, tiles["BN"])),
+        {"y_ptr": map3, "x_ptr": map2, "w_ptr": w.conv3, "bias_ptr": w.bias3}
+        | {"B": B, "H": H2, "W": W2},
+        {"CIN": C2, "COUT": C3, "RELU": True} | wide,
+        row["conv"],
+    )
+    fourth = Launch(
+        stem_conv_kernel,
+        (cdiv(B * H4 * W4, tiles["BT"]), cdiv(C4, tiles["BN"])),
+        {"y_ptr": y, "x_ptr": map3, "w_ptr": w.conv4, "bias_ptr": w.bias4}
+        | {"B": B, "H": H3, "W": W3},
+        {"CIN": C3, "COUT": C4, "RELU": False} | wide,
+        row["conv"],
+    )
+    return [pixels, third, fourth]
 
 
 def launch(
