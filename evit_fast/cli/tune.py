@@ -72,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
     arch = _arch(args)
     from evit_fast import tuned
 
-    findings = list(search(_cases(args, arch), arch, Card(args.device), args.dtype))
+    findings = []
+    for finding in search(_cases(args, arch), arch, Card(args.device), args.dtype):
+        findings.append(finding)
+        if not args.json:
+            print(finding, flush=True)
     better = {
         (COLUMN, f.op, arch, f.shape_class): _plain(f.best)
         for f in findings
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     facts = [
         {**f._asdict(), "committed": _plain(f.committed), "best": _plain(f.best)} for f in findings
     ]
-    emit(args, "\n".join([*map(str, findings), kept]), {"arch": arch, "rows": facts})
+    emit(args, kept, {"arch": arch, "rows": facts})
     return 0
 
 
@@ -189,14 +193,17 @@ class Card:
         self.device = device
 
     def output(self, launches: list, y: torch.Tensor) -> torch.Tensor:
+        import torch
+
         from evit_fast.kernels.launches import run as launch
 
-        y.fill_(float("nan"))
-        launch(launches)
-        return y.cpu()
+        with torch.cuda.device(self.device):
+            y.fill_(float("nan"))
+            launch(launches)
+            return y.cpu()
 
     def times_us(self, variants: Sequence[list]) -> list[float]:
-        """Median microseconds of one call of each, all alternating."""
+        """Median microseconds of one call of each, all alternating, caches warm."""
         import torch
 
         with torch.cuda.device(self.device):
