@@ -27,13 +27,13 @@ from evit_fast.kernels.launches import (
     Launch,
     Table,
     cdiv,
-    parts,
     refusal,
     run,
 )
 from evit_fast.ops.dw_ffn import Shape, Weights
 
 MAX_C = 384
+PART = 128  # channels, a multiple of which C is padded to where the rest is no power of two
 FEW = 1024  # tokens: 16 blocks of 64, on cards of 40 to 148 SMs
 MAX_SPLIT = 12  # of any row or candidate: scratch() does not know the architecture
 HIDDEN_STEP = 128  # packed hidden units are padded to a multiple of it: no mask for any BF
@@ -46,7 +46,8 @@ def _tiles(BT: int, BF: int, SPLIT: int, warps: int, stages: int = 2) -> Config:
 # Key: bytes of a value, C rounded up to one of WIDTHS, tokens.
 WIDTHS = (64, 128, 192, 256, 384)
 CONFIGS = Table(
-    {
+    op="dw_ffn",
+    rows={
         80: {
             (2, 64, "few"): _tiles(16, 64, 1, 4),
             (2, 128, "few"): _tiles(16, 64, 2, 4),
@@ -69,7 +70,7 @@ CONFIGS = Table(
             (4, 256, "many"): _tiles(32, 16, 1, 4),
             (4, 384, "many"): _tiles(16, 16, 1, 4),
         },
-    }
+    },
 )
 
 
@@ -79,25 +80,30 @@ def relu(x):
 
 
 @triton.jit
-def depthwise(x_ptr, dw_ptr, bias_ptr, offs_t, offs_c, H, W, T, C: tl.constexpr, CP: tl.constexpr):
-    """The 3x3 convolution, the residual in its centre tap: [BT, len(offs_c)] in float32.
+def depthwise(
+    x_ptr, dw_ptr, bias_ptr, offs_c, first, offs_t, H, W, T, C: tl.constexpr, CP: tl.constexpr
+):
+    """The 3x3 convolution, the residual in its centre tap: [channels, tokens] in float32.
 
     A tap outside the image adds nothing: its neighbours there are other images' tokens.
     """
-    row, column = offs_t // W % H, offs_t % W
-    mask_c = offs_c < C  # channels beyond C have no weights: they stay 0
-    y = tl.zeros((offs_t.shape[0], offs_c.shape[0]), tl.float32) + tl.load(bias_ptr + offs_c)
+    t = first + offs_t
+    row, column = t // W % H, t % W
+    mask_c = (offs_c < C)[:, None]  # channels beyond C have no weights: they stay 0
+    x_ptr += first.to(tl.int64) * C
+    y = tl.zeros((offs_c.shape[0], offs_t.shape[0]), tl.float32)
+    y += tl.load(bias_ptr + offs_c)[:, None]
     for tap in range(9):
         dh, dw = tap // 3 - 1, tap % 3 - 1
         inside = (row + dh >= 0) & (row + dh < H) & (column + dw >= 0) & (column + dw < W)
-        inside = (inside & (offs_t < T))[:, None]
+        inside = (inside & (t < T))[None, :]
         x = tl.load(
-            x_ptr + (offs_t + dh * W + dw).to(tl.int64)[:, None] * C + offs_c,
-            mask=inside & mask_c,
+            x_ptr + (dh * W + dw) * C + offs_t[None, :] * C + offs_c[:, None],
+            mask=mask_c & inside,
             other=0.0,
         )
-        w = tl.load(dw_ptr + tap * CP + offs_c)
-        y += tl.where(inside, x.to(tl.float32) * w, 0.0)
+        w = tl.load(dw_ptr + tap * CP + offs_c)[:, None]
+        y = tl.where(inside, y + x.to(tl.float32) * w, y)
     return y
 
 
@@ -109,59 +115,58 @@ def dw_ffn_kernel(
     dw_bias_ptr,  # [CP]
     w1_ptr,  # [FP, CP]
     b1_ptr,  # [FP]
-    w2_ptr,  # [FP, CP]
+    w2_ptr,  # [CP, FP]
     b2_ptr,  # [CP]
     T,
     H,
     W,
     C: tl.constexpr,
     F: tl.constexpr,
-    P0: tl.constexpr,
-    P1: tl.constexpr,
+    CP: tl.constexpr,
+    FP: tl.constexpr,
+    PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     WIDE: tl.constexpr,
     BT: tl.constexpr,
     BF: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    CP: tl.constexpr = P0 + P1
-    FS: tl.constexpr = (F + BF * SPLIT - 1) // (BF * SPLIT) * BF  # hidden units of one share
-    split = tl.program_id(1)
-    offs_t = tl.program_id(0) * BT + tl.arange(0, BT)
-    offs_0 = tl.arange(0, P0)
-    acc0 = depthwise(x_ptr, dw_ptr, dw_bias_ptr, offs_t, offs_0, H, W, T, C, CP)
-    y0 = acc0.to(DTYPE)  # [BT, P0], for the product; the sum goes on in float32
-    acc0 += tl.load(b2_ptr + offs_0)
-    if SPLIT > 1:
-        acc0 = tl.where(split == 0, acc0, 0.0)
-    if P1 > 0:
-        offs_1 = P0 + tl.arange(0, P1)
-        acc1 = depthwise(x_ptr, dw_ptr, dw_bias_ptr, offs_t, offs_1, H, W, T, C, CP)
-        y1 = acc1.to(DTYPE)
-        acc1 += tl.load(b2_ptr + offs_1)
-        if SPLIT > 1:
-            acc1 = tl.where(split == 0, acc1, 0.0)
+    SHARE: tl.constexpr = (F + BF * SPLIT - 1) // (BF * SPLIT) * BF  # hidden units of a program
+    split = 0 if SPLIT == 1 else tl.program_id(1)
+    first = tl.program_id(0) * BT
+    offs_t = tl.arange(0, BT)
+    y = ()  # per part [P, BT]: what w1 multiplies
+    acc = ()  # per part [P, BT]: the sums, which begin as the residual y in float32
+    for i in tl.static_range(len(PARTS)):
+        offs_c = i * PARTS[0] + tl.arange(0, PARTS[i])
+        part = depthwise(x_ptr, dw_ptr, dw_bias_ptr, offs_c, first, offs_t, H, W, T, C, CP)
+        y += (part.to(DTYPE),)
+        part += tl.load(b2_ptr + offs_c)[:, None]
+        acc += (part if SPLIT == 1 else tl.where(split == 0, part, 0.0),)
 
-    for f in range(split * FS, min(F, split * FS + FS), BF):
-        offs_f = f + tl.arange(0, BF)
-        rows = offs_f[:, None] * CP
-        h = tl.zeros((BT, BF), tl.float32) + tl.load(b1_ptr + offs_f)
-        h = dot(y0, tl.load(w1_ptr + rows + offs_0).T, h, WIDE)
-        if P1 > 0:
-            h = dot(y1, tl.load(w1_ptr + rows + offs_1).T, h, WIDE)
+    offs_f = tl.arange(0, BF)
+    for f in range(split * SHARE, min(F, split * SHARE + SHARE), BF):
+        h = tl.zeros((BF, BT), tl.float32) + tl.load(b1_ptr + f + offs_f)[:, None]
+        for i in tl.static_range(len(PARTS)):
+            offs_c = i * PARTS[0] + tl.arange(0, PARTS[i])
+            w1 = tl.load(w1_ptr + f * CP + offs_f[:, None] * CP + offs_c)  # [BF, P]
+            h = dot(w1, y[i], h, WIDE)
         h = relu(h)
         if F % BF != 0:  # padded hidden units: 0 * Inf would be NaN
-            h = tl.where(offs_f < F, h, 0.0)
+            h = tl.where((f + offs_f < F)[:, None], h, 0.0)
         h = h.to(DTYPE)
-        acc0 = dot(h, tl.load(w2_ptr + rows + offs_0), acc0, WIDE)
-        if P1 > 0:
-            acc1 = dot(h, tl.load(w2_ptr + rows + offs_1), acc1, WIDE)
+        sums = ()
+        for i in tl.static_range(len(PARTS)):
+            offs_c = i * PARTS[0] + tl.arange(0, PARTS[i])
+            w2 = tl.load(w2_ptr + f + offs_c[:, None] * FP + offs_f)  # [P, BF]
+            sums += (dot(w2, h, acc[i], WIDE),)
+        acc = sums
 
-    out = out_ptr + (split.to(tl.int64) * T + offs_t)[:, None] * C
-    mask_t = (offs_t < T)[:, None]
-    tl.store(out + offs_0, acc0.to(out_ptr.dtype.element_ty), mask=mask_t & (offs_0 < C))
-    if P1 > 0:
-        tl.store(out + offs_1, acc1.to(out_ptr.dtype.element_ty), mask=mask_t & (offs_1 < C))
+    out = out_ptr + split * T * C + first.to(tl.int64) * C + offs_t[None, :] * C
+    mask_t = (offs_t < T - first)[None, :]
+    for i in tl.static_range(len(PARTS)):
+        offs_c = (i * PARTS[0] + tl.arange(0, PARTS[i]))[:, None]
+        tl.store(out + offs_c, acc[i].to(out_ptr.dtype.element_ty), mask=mask_t & (offs_c < C))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -185,8 +190,16 @@ class Packed(NamedTuple):
     dw_bias: torch.Tensor  # [CP] float32
     w1: torch.Tensor  # [FP, CP]
     b1: torch.Tensor  # [FP] float32
-    w2: torch.Tensor  # [FP, CP]
+    w2: torch.Tensor  # [CP, FP]
     b2: torch.Tensor  # [CP] float32
+
+
+def parts(C: int) -> tuple[int, ...]:
+    """C in blocks of PART, the last a smaller power of two if that is enough: 288 = 128 + 128 + 32,
+    224 = 128 + 96 of 128. A part is what one program convolves at once: 256 would cost registers.
+    """
+    full, rest = divmod(C, PART)
+    return (PART,) * full + ((max(16, triton.next_power_of_2(rest)),) if rest else ())
 
 
 def shape_class(
@@ -221,7 +234,7 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
         dw_bias=F.pad(w.dw_bias.float(), (0, more_c)),
         w1=F.pad(w.w1.to(dtype), (0, more_c, 0, more_f)),
         b1=F.pad(w.b1.float(), (0, more_f)),
-        w2=F.pad(w.w2.to(dtype).T, (0, more_c, 0, more_f)).contiguous(),
+        w2=F.pad(w.w2.to(dtype), (0, more_f, 0, more_c)),
         b2=F.pad(w.b2.float(), (0, more_c)),
     )
 
@@ -250,7 +263,6 @@ def plan(
         return []
     row = config or CONFIGS.row(arch, shape_class(s, dtype, B, H, W, deterministic))
     split = row.tiles["SPLIT"]
-    P0, P1 = parts(C)
     out = y if split == 1 else space[: split * T * C * 4].view(torch.float32)
     launches = [
         Launch(
@@ -258,8 +270,8 @@ def plan(
             (cdiv(T, row.tiles["BT"]), split),
             {"out_ptr": out, "x_ptr": x, **{f"{k}_ptr": v for k, v in w._asdict().items()}}
             | {"T": T, "H": H, "W": W},
-            {"C": C, "F": s.F, "P0": P0, "P1": P1, "DTYPE": TYPES[dtype]}
-            | {"WIDE": INTERPRETED and dtype == torch.bfloat16},
+            {"C": C, "F": s.F, "CP": w.w1.shape[1], "FP": w.w1.shape[0], "PARTS": parts(C)}
+            | {"DTYPE": TYPES[dtype], "WIDE": INTERPRETED and dtype == torch.bfloat16},
             row,
         )
     ]
