@@ -65,13 +65,17 @@ def trial(rows: Mapping[tuple[str, Any], Row]) -> Iterator[Trial]:
         _trial = None
 
 
-def remember(rows: Mapping[tuple[str, str, int, Any], Row]) -> Path:
-    """Adds (column, op, arch, shape class) -> row to the file, and returns its path. The file
-    appears whole or not at all. OSError: it cannot be written.
+def remember(rows: Mapping[tuple[str, str, int, Any], Row | None]) -> Path:
+    """Writes (column, op, arch, shape class) -> row to the file, and returns its path; None removes
+    a row. The file appears whole or not at all. OSError: it cannot be written.
     """
     target = path()
-    kept = {(*key[:3], repr(key[3])): dict(value) for key, value in rows.items()}
-    entries = {**_read(target), **{_name(key): value for key, value in kept.items()}}
+    entries = _read(target)
+    for (*place, shape_class), value in rows.items():
+        name = _name((*place, repr(shape_class)))
+        entries.pop(name, None)
+        if value is not None:
+            entries[name] = dict(value)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     text = json.dumps({"format": FORMAT, "rows": entries}, indent=1, sort_keys=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix="tuned-", suffix=".tmp")

@@ -77,17 +77,16 @@ def run(args: argparse.Namespace) -> int:
         findings.append(finding)
         if not args.json:
             print(finding, flush=True)
-    better = {
-        (COLUMN, f.op, arch, f.shape_class): _plain(f.best)
+    rows = {
+        (COLUMN, f.op, arch, f.shape_class): _plain(f.best) if f.best != f.committed else None
         for f in findings
-        if f.best != f.committed
     }
-    kept = "nothing was faster than the committed rows"
-    if better:
-        try:
-            kept = f"{len(better)} rows remembered in {tuned.remember(better)}"
-        except OSError as e:
-            raise UsageError(f"{tuned.path()} cannot be written: {e.strerror or e}") from e
+    try:
+        where = tuned.remember(rows)
+    except OSError as e:
+        raise UsageError(f"{tuned.path()} cannot be written: {e.strerror or e}") from e
+    better = sum(row is not None for row in rows.values())
+    kept = f"{better} of {len(rows)} committed rows replaced, in {where}"
     facts = [
         {**f._asdict(), "committed": _plain(f.committed), "best": _plain(f.best)} for f in findings
     ]

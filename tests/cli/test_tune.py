@@ -241,6 +241,15 @@ def test_the_command_prints_both_rows_and_remembers_the_better(fake_card, capsys
     assert TABLE.row(90, ("a", 2)) == FAST
 
 
+def test_a_row_that_is_no_longer_faster_is_forgotten(fake_card, monkeypatch):
+    remembered()
+    remembered(key=("b", 2))
+    monkeypatch.setattr(tune, "Card", lambda device: FakeCard({16: 10.0, 32: 12.0}))
+    assert main(["tune"]) == 0
+    assert TABLE.row(90, ("a", 2)) == SLOW
+    assert TABLE.row(90, ("b", 2)) == FAST  # not measured this time
+
+
 def test_the_command_as_json(fake_card, capsys):
     assert main(["tune", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
