@@ -104,14 +104,13 @@ def _reference_row(op: programs.Op, why: str) -> Row:
 
 
 def _triton_row(op: programs.Op, place: gpu.Place, notes: list[str]) -> Row:
-    module = walker.kernel(op.name)
-    rows = module.CONFIGS.arch(place.arch)
+    rows = walker.kernel(op.name).CONFIGS.arch(place.arch)
     if rows != place.arch:
         notes = [f"rows of sm_{rows} serve sm_{place.arch}", *notes]
     return Row(
         op.line,
         "triton",
-        f"kernels/{op.name}.py",
+        f"kernels/{op.name}.py: " + ", ".join(walker.kernels_of(op, place.arch)),
         "interpreter" if place.interpreted else f"sm_{place.arch}",
         dtype_name(op.dtype),
         "; ".join(notes),

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from evit_fast import gpu
+from evit_fast import _native, gpu
 from evit_fast import program as programs
 from evit_fast.graphs import Graph, Key, Table
 from evit_fast.ops import OPS
@@ -86,6 +86,18 @@ def _column(op: programs.Op, arch: int) -> Column:
     except ImportError as e:
         why = f"triton: {type(e).__name__}: {e}".split("\n")[0]
     return Column("reference", why) if why else Column("triton", "")
+
+
+def kernels_of(op: programs.Op, arch: int) -> list[str]:
+    """Names of the kernels that one map of 14 x 14 tokens takes, or one image of 224 x 224."""
+    module, meta = kernel(op.name), torch.device("meta")
+    blob = torch.empty(_native.op_bytes(op.line) + op.at, dtype=torch.uint8, device=meta)
+    weights = module.prepare(programs.unpack(op, blob, keep=False), op.shape, op.dtype)
+    C = op.shape.channels_in
+    x = torch.empty((1, C, 224, 224) if op.name == "stem" else (1, 14, 14, C), device=meta)
+    y, space = Walk(op.line, (Step(op, module, weights),), arch).buffers(x)
+    plan = module.plan(y, x, weights, op.shape, space if space.numel() else None, arch=arch)
+    return list(dict.fromkeys(launch.kernel.__name__ for launch in plan))
 
 
 # ------------------------------------------------------------------ one program over one blob

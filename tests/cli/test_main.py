@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evit_fast
-from evit_fast import imagenet
+from evit_fast import columns, gpu, imagenet, walker
 from evit_fast.cli import doctor
 from evit_fast.cli.main import COMMANDS
 
@@ -63,6 +65,47 @@ def test_explain(evit, checkpoint):
     assert len(rows) == 32
     assert evit("explain", "--checkpoint", checkpoint)[0] == 0
     assert evit("explain")[0] == 2
+
+
+def test_a_device_that_is_not_there(evit):
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    code, _, err = evit("explain", "--model", "m0", "--device", "cuda")
+    assert code == 2 and "no CUDA device here" in err and "Traceback" not in err
+
+
+def test_doctor_names_the_column_of_each_gpu(monkeypatch):
+    cards = [("A", 8, 0), ("B", 7, 5)]
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(cards))
+
+    def properties(i: int) -> SimpleNamespace:
+        name, major, minor = cards[i]
+        return SimpleNamespace(name=name, major=major, minor=minor, total_memory=80 << 30)
+
+    def place(device: torch.device) -> gpu.Place:
+        _, major, minor = cards[device.index]
+        return gpu.Place("cuda", 10 * major + minor)
+
+    class Kernel:
+        @staticmethod
+        def supports(s: object, dtype: torch.dtype, arch: int) -> str | None:
+            return None if arch >= 80 else f"sm_{arch} is too old"
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(gpu, "place", place)
+    monkeypatch.setattr(walker, "kernel", lambda name: Kernel)
+    columns.choose.cache_clear()
+    walker.columns.cache_clear()
+    try:
+        assert doctor.PROBES["GPU"]() == (
+            "A (sm_80, 80 GiB): the triton column; "
+            "B (sm_75, 80 GiB): the reference column (sm_75 is too old)"
+        )
+    finally:
+        columns.choose.cache_clear()
+        walker.columns.cache_clear()
 
 
 def test_imagenet_names():
