@@ -14,12 +14,12 @@ from tests.close import assert_close
 from tests.ops import eager
 
 
-def arguments(op: str, B: int = 2, H: int = 7, W: int = 7):
+def arguments(op: str, B: int = 1, H: int = 4, W: int = 5):
     """x, packed weights, natural float64 weights and shape of M0's first shape of an op."""
     case = eager.cases(op)[0]
     s = case.shape
     if op == "stem":
-        H, W = 4 * H, 4 * W
+        H, W = 8 * H, 8 * W
     x = torch.randn(B, s.channels_in, H, W)
     if op != "stem":
         x = x.permute(0, 2, 3, 1).contiguous()
@@ -36,7 +36,7 @@ def test_gives_what_the_op_means(op):
     assert y.dtype == torch.float32
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["stem", "dw_ffn"])
 def test_takes_any_strides(op):
     x, packed, _, s = arguments(op)
     y = torch_ops.call(x, packed, s.line())
@@ -55,14 +55,14 @@ def test_pixels_become_float32():
 
 @pytest.mark.parametrize("op", OPS)
 def test_no_image_is_an_empty_result(op):
-    x, packed, weights, s = arguments(op, B=1)
+    x, packed, weights, s = arguments(op)
     y = torch_ops.call(x[:0], packed, s.line())
     assert y.shape == (0, *OPS[op].reference(x.double(), weights, s).shape[1:])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["dw_ffn", "cga"])
 def test_inputs_are_left_alone_and_not_returned(op):
-    x, packed, _, s = arguments(op, B=1)
+    x, packed, _, s = arguments(op)
     torch.library.opcheck(
         torch_ops.DEFINED[op],
         (x, list(packed), s.line(), False, 80),
