@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import torch
 
-FAMILIES = (70, 75, 80)
+FAMILIES = (70, 75, 80)  # of tensor cores; 0 is float32, without
 TILE = 16
 
 # Column c of a tile holds row COLUMNS[c] of the matrix: a lane then owns four neighbouring ones.
 COLUMNS = [c & 1 | (c >> 1 & 1) << 2 | (c >> 2 & 1) << 3 | (c >> 3 & 1) << 1 for c in range(TILE)]
 
 
-def family(arch: int) -> int:
-    """The tile family of an architecture: 70 for sm_70, 75 for sm_75, 80 from sm_80."""
-    return max(f for f in FAMILIES if f <= arch)
+def family(arch: int, dtype: torch.dtype) -> int:
+    """The tile family: 70 for sm_70, 75 for sm_75, 80 from sm_80; 0 for float32 anywhere."""
+    return 0 if dtype == torch.float32 else max(f for f in FAMILIES if f <= arch)
 
 
 def pack_tiles(matrix: torch.Tensor, family: int, operand: str) -> torch.Tensor:
-    """[R, K] of 16-bit numbers, R and K multiples of 16 -> [R/16, K/16, 256].
+    """[R, K], R and K multiples of 16 -> [R/16, K/16, 256].
 
     operand: "a" or "b", the side of the product that the matrix takes (b: R are its columns).
     """
     R, K = matrix.shape
     tiles = matrix.reshape(R // TILE, TILE, K // TILE, TILE).transpose(1, 2)  # [.., row, k]
-    if operand == "b":
+    if operand == "b" and family:
         tiles = tiles[:, :, COLUMNS]
     packed = torch.empty(
         R // TILE, K // TILE, TILE * TILE, dtype=matrix.dtype, device=matrix.device
@@ -39,7 +39,9 @@ def pack_tiles(matrix: torch.Tensor, family: int, operand: str) -> torch.Tensor:
 def _places(family: int) -> torch.Tensor:
     """Where the numbers (row, k) of a tile lie in a packed one.   [256]"""
     row, k = torch.meshgrid(torch.arange(TILE), torch.arange(TILE), indexing="ij")
-    if family == 70:  # a lane's row, in two halves of eight k
+    if family == 0:
+        places = row * TILE + k
+    elif family == 70:  # a lane's row, in two halves of eight k
         places = k // 8 * 128 + row * 8 + k % 8
     else:  # a lane's four k of rows r and r + 8
         places = (row % 8 * 4 + k // 4) * 8 + row // 8 * 4 + k % 4

@@ -13,7 +13,13 @@ from evit_fast.fragments import pack_tiles
 from tests.emulator.building import library
 
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
-TILES = [(70, torch.float16), (75, torch.float16), (80, torch.float16), (80, torch.bfloat16)]
+TILES = [
+    (0, torch.float32),
+    (70, torch.float16),
+    (75, torch.float16),
+    (80, torch.float16),
+    (80, torch.bfloat16),
+]
 PRODUCT_ERROR = 1e-5  # float32 sums of 16 products of numbers near 1
 
 

@@ -16,9 +16,11 @@ EVIT_DEVICE void tile_body(float* y, const typename Tile::Number* a, const typen
   constexpr int kStride = Tile::stride(16);
   T* s_a = reinterpret_cast<T*>(shared_memory());
   T* s_b = s_a + 16 * kStride;
-  const int row = lane_id() >> 1, half = (lane_id() & 1) * 8;
-  copy_async(s_a + row * kStride + half, a + row * 16 + half, true);
-  copy_async(s_b + row * kStride + half, b + row * 16 + half, true);
+  constexpr int kWide = 16 / sizeof(T);  // numbers of one copy
+  for (int i = lane_id() * kWide; i < 256; i += 32 * kWide) {
+    copy_async(s_a + i / 16 * kStride + i % 16, a + i, true);
+    copy_async(s_b + i / 16 * kStride + i % 16, b + i, true);
+  }
   commit_copies();
   wait_copies<0>();
   sync_warp();
