@@ -242,6 +242,18 @@ def test_a_home_that_can_only_be_read():
         assert_in_memory(home / ".cache" / "evit_fast" / "cubins", "cannot be made (Permission")
 
 
+def test_a_disk_that_can_only_be_read(folder, monkeypatch):
+    def refuse(path: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    cache, compiler = Cache(folder), Compiler()
+    cache.get("a", compiler)
+    os.utime(folder / "a.cubin", (time.time() - 2 * DAY,) * 2)
+    monkeypatch.setattr(os, "utime", refuse)
+    with no_warning():
+        assert cache.get("a", compiler) == CODE and compiler.calls == 1
+
+
 def test_a_full_disk(folder, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -425,6 +437,18 @@ def test_killed_while_building(folder, kills):
     assert names(folder) == {f"entry{entry}.{end}" for entry in range(8) for end in ends}
 
 
+def test_a_reader_sees_an_entry_whole_or_not_at_all(folder):
+    cache, seen, i = Cache(folder), 0, 0
+    command = [sys.executable, "-c", BUILD, folder]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as worker, no_warning():
+        assert worker.stdout.readline() == b"ready\n"
+        while seen < 200:
+            code = cache._read(f"entry{i % 8}", warn=True)
+            assert code in (None, bytes([i % 8]) * 2**20)
+            seen, i = seen + (code is not None), i + 1
+        worker.kill()
+
+
 FORK = """
 import os, sys, threading, time
 from evit_fast import cubins
@@ -462,6 +486,7 @@ def test_every_part_counts():
     others = [
         Unit("S", "n", 70, ("a", "b"), {"h": "t"}),
         Unit("s", "N", 70, ("a", "b"), {"h": "t"}),
+        Unit("s", "N/n.cu", 70, ("a", "b"), {"h": "t"}),
         Unit("s", "n", 75, ("a", "b"), {"h": "t"}),
         Unit("s", "n", 70, ("b", "a"), {"h": "t"}),
         Unit("s", "n", 70, ("ab",), {"h": "t"}),
@@ -469,7 +494,7 @@ def test_every_part_counts():
         Unit("s", "n", 70, ("a", "b"), {"h": "T"}),
         Unit("s", "n", 70, ("a", "b"), {"ht": ""}),
     ]
-    assert len({base.entry(), *(other.entry() for other in others)}) == 9
+    assert len({base.entry(), *(other.entry() for other in others)}) == 10
     assert base.entry() == Unit("s", "n", "sm_70", ["a", "b"], {"h": "t"}).entry()
     two = {"x": "1", "y": "2"}
     assert (
