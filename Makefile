@@ -3,6 +3,7 @@
 #   make test    everything, in at most 13 minutes        make bench   the six models against every peer
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
+#   make test-cuda    NVRTC and the cache of cubins: every cold start, kill and damaged file
 #   make compiled     what the compiler makes of them: rewrites kernels/compiled.csv
 #   make gpu     what must be seen on a card: right, repeatable, fast; ARGS="--parts numerics"; dry-run without one
 #   make bench-quick  two models in 3 minutes             make bench-ops  every op and instruction set
@@ -15,6 +16,7 @@ BENCH = .venv/bench/bin
 TORCH = torch==2.13.0
 TIMM = timm==1.0.31
 TRITON = triton==3.7.1# the one that torch wants
+NVRTC = nvidia-cuda-nvrtc-cu12==12.9.86# compiles for sm_50 to sm_121 without a GPU
 OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
 INPUTS = pyproject.toml Makefile
@@ -25,19 +27,22 @@ COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importli
 export OMP_NUM_THREADS ?= 1
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test test-triton compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton test-cuda compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
 
 test: build .venv/old_timm/ready
-	@EVIT_FAST_OLD_TIMM=$(CURDIR)/.venv/old_timm $(DEV)/pytest -q -n 2 --import-mode=importlib tests
+	@EVIT_FAST_OLD_TIMM=$(CURDIR)/.venv/old_timm $(DEV)/pytest -q -n 2 --import-mode=importlib -m "not full" tests
 	@$(INTERPRET) -m "not full" tests/kernels/interpret
 	@$(COMPILE) -m "not full" tests/kernels/compile
 
 test-triton: build
 	@$(INTERPRET) tests/kernels/interpret
 	@$(COMPILE) tests/kernels/compile
+
+test-cuda: build
+	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubins.py
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write
@@ -79,11 +84,11 @@ clean:
 .venv/%/ready: $(INPUTS)
 	$(PYTHON) -m venv .venv/$*
 	.venv/$*/bin/python $(PIP) $(TORCH)
-	.venv/$*/bin/python $(PIP) $(TORCH) $(BUILD_TOOLS) numpy safetensors pillow platformdirs tqdm $(PACKAGES)
+	.venv/$*/bin/python $(PIP) $(TORCH) $(BUILD_TOOLS) numpy safetensors pillow filelock platformdirs tqdm $(PACKAGES)
 	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
 	touch $@
 
-.venv/dev/ready: PACKAGES = $(TRITON) pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
+.venv/dev/ready: PACKAGES = $(TRITON) $(NVRTC) pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
 .venv/bench/ready: PACKAGES = onnx onnxruntime openvino litert-torch ai-edge-litert matplotlib pytest pytest-benchmark
 
