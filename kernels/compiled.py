@@ -235,7 +235,8 @@ def binaries(op: str, dtype: torch.dtype, arch: int) -> tuple[Special, ...]:
 
 
 KEY = ("op", "step", "kernel", "shape", "batch", "dtype", "arch", "tiles")
-VALUES = ("registers", "stack", "shared_bytes", "mma", "local")
+VALUES = ("registers", "shared_bytes", "mma")  # of a cell; the rest must be 0, see `faults`
+ARCH = KEY.index("arch")
 
 
 def row_key(special: Special, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
@@ -255,13 +256,23 @@ def row_values(r: Resources) -> tuple[str, ...]:
 
 
 def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, ...], tuple[str, ...]]]:
-    """(Triton version, {row key: values}) of a committed table; ("", {}) where there is none."""
+    """(Triton version, {row key: values}) of a committed table; ("", {}) where there is none.
+
+    A line of the file has a cell per architecture, 128/6144/16: the values of one row.
+    """
     if not path.exists():
         return "", {}
     with open(path, newline="") as f:
-        version = f.readline().removeprefix("# triton ").strip()
-        rows = [tuple(row) for row in csv.reader(f)][1:]
-    return version, {row[: len(KEY)]: row[len(KEY) :] for row in rows}
+        version = re.match(r"# triton ([^\s;]+)", f.readline())[1]
+        header, *lines = csv.reader(f)
+    rows = {}
+    for line in lines:
+        key, cells = line[: len(KEY) - 1], line[len(KEY) - 1 :]
+        for name, cell in zip(header[len(KEY) - 1 :], cells, strict=True):
+            if cell:
+                arch = name.removeprefix("sm_")
+                rows[(*key[:ARCH], arch, *key[ARCH:])] = tuple(cell.split("/"))
+    return version, rows
 
 
 def write_table(
@@ -272,18 +283,22 @@ def write_table(
     if version == triton.__version__:
         kept = {key: v for key, v in known.items() if (key[0], key[5], key[6]) not in asked}
         rows = {**kept, **rows}
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for key, values in rows.items():
+        line = lines.setdefault(key[:ARCH] + key[ARCH + 1 :], {})
+        line[f"sm_{key[ARCH]}"] = "/".join(values)
+    cards = sorted({name for line in lines.values() for name in line}, key=_order)
     with open(path, "w", newline="") as f:
-        f.write(f"# triton {triton.__version__}\n")
+        f.write(f"# triton {triton.__version__}; per card: {'/'.join(VALUES)}\n")
         out = csv.writer(f, lineterminator="\n")
-        out.writerow(KEY + VALUES)
-        out.writerows(sorted((key + v for key, v in rows.items()), key=_order))
+        out.writerow([*KEY[:ARCH], *KEY[ARCH + 1 :], *cards])
+        for key in sorted(lines, key=lambda key: tuple(map(_order, key))):
+            out.writerow([*key, *(lines[key].get(card, "") for card in cards)])
 
 
-def _order(row: tuple[str, ...]) -> tuple:
-    """Numbers in text in the order of their values: C=64 before C=128, 86 before 100."""
-    return tuple(
-        tuple(int(t) if t.isdigit() else t for t in re.split(r"(\d+)", field)) for field in row
-    )
+def _order(text: str) -> list:
+    """Numbers in text in the order of their values: C=64 before C=128, sm_86 before sm_100."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
 
 
 def _measure(op: str, dtype: torch.dtype, arch: int, i: int) -> tuple[tuple, Resources | str]:

@@ -77,7 +77,7 @@ def test_maps_are_as_large_as_in_the_models():
 
 def test_writing_keeps_the_rows_that_were_not_asked_for(tmp_path):
     path = tmp_path / "compiled.csv"
-    values = ("64", "0", "1024", "8", "0")
+    values = ("64", "1024", "8")
     other = (*ROW[:6], "90", ROW[7])
     compiled.write_table({ROW: values, other: values}, set(), path)
     new, asked = (*ROW[:3], "C=128 7x7", *ROW[4:]), {("cga", "float16", "86")}
@@ -87,9 +87,19 @@ def test_writing_keeps_the_rows_that_were_not_asked_for(tmp_path):
     assert rows == {new: values, other: values}
 
 
+def test_a_line_of_the_table_has_a_cell_for_each_card(tmp_path):
+    path = tmp_path / "compiled.csv"
+    cards = {(*ROW[:6], arch, ROW[7]): (arch, "1024", "8") for arch in ("100", "90", "86")}
+    compiled.write_table(cards, set(), path)
+    *_, header, line = path.read_text().splitlines()
+    assert header.endswith(",tiles,sm_86,sm_90,sm_100")
+    assert line.endswith(",BT=16 warps=4 stages=2,86/1024/8,90/1024/8,100/1024/8")
+    assert compiled.read_table(path)[1] == cards
+
+
 def test_a_table_of_another_triton_is_written_anew(tmp_path, monkeypatch):
     path = tmp_path / "compiled.csv"
-    values = ("64", "0", "1024", "8", "0")
+    values = ("64", "1024", "8")
     compiled.write_table({ROW: values}, set(), path)
     monkeypatch.setattr(compiled.triton, "__version__", "9.9.9")
     other = (*ROW[:6], "90", ROW[7])
@@ -100,7 +110,7 @@ def test_a_table_of_another_triton_is_written_anew(tmp_path, monkeypatch):
 def test_rows_lie_in_the_order_of_their_numbers(tmp_path):
     path = tmp_path / "compiled.csv"
     rows = [(*ROW[:3], f"C={C} 7x7", *ROW[4:]) for C in (128, 64, 1024)]
-    compiled.write_table({row: ("1",) * 5 for row in rows}, set(), path)
+    compiled.write_table({row: ("1",) * 3 for row in rows}, set(), path)
     assert [row[3] for row in compiled.read_table(path)[1]] == [
         "C=64 7x7",
         "C=128 7x7",
