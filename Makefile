@@ -40,9 +40,10 @@ test: build .venv/old_timm/ready
 test-triton: build
 	@$(INTERPRET) tests/kernels/interpret
 	@$(COMPILE) tests/kernels/compile
+	@$(DEV)/pytest -q --import-mode=importlib -m full tests/bench/test_gpu.py
 
 test-cuda: build
-	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubins.py
+	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write

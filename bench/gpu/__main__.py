@@ -27,7 +27,7 @@ from typing import Any
 
 PARTS = ("numerics", "graphs", "repeats", "bench", "ops")
 MODULE = "evit_fast.bench.gpu"
-DRY = {"models": "m0", "dtypes": "float16", "batches": "1", "repeats": 2, "rounds": 2, "size": 64}
+DRY = {"models": "m0", "dtypes": "float16", "batches": "1", "repeats": 2, "rounds": 1, "size": 32}
 REAL = {
     "models": "m0..m5", "dtypes": "float16,bfloat16,float32", "batches": "1,8,64,256,2048",
     "repeats": 1000, "rounds": 15, "size": 224,

@@ -11,7 +11,7 @@ from evit_fast.bench.gpu.results import Record
 from evit_fast.bench.gpu.subjects import Plan, Step, fused, images
 
 BATCH = 8
-BATCHES = (1, 3, 8, 64)  # that an image stands in
+BATCHES = (3, 8, 64)  # that an image stands in
 
 
 def graph_steps(plan: Plan) -> Iterator[Step]:
@@ -51,7 +51,7 @@ def check_graphs(plan: Plan, model: str, dtype: str) -> list[Record]:
     dry = plan.card.dry_run
     batch = 1 if dry else BATCH
     x, other = _x(plan, dtype, batch), _x(plan, dtype, batch).flip(2).contiguous()
-    small = _x(plan, dtype, 1, plan.size - 32)
+    small = _x(plan, dtype, 1, plan.size // 2)
     records = []
     for column in plan.live():
         checks = _Checks("graphs", model, plan, column, dtype)
@@ -60,7 +60,7 @@ def check_graphs(plan: Plan, model: str, dtype: str) -> list[Record]:
         want, want_other, want_small = raw(x), raw(other), raw(small)
         note = "no graphs without a card" if dry else ""
         # The first call of a size launches, the second captures, the later ones replay.
-        for call in ("launched", "captured", "replayed"):
+        for call in ("launched",) if dry else ("launched", "captured", "replayed"):
             checks.say(f"raw == graph, {call}", torch.equal(graph(x), want), note)
             checks.say(f"raw == graph, {call}, small", torch.equal(graph(small), want_small), note)
         first = graph(x)
@@ -87,12 +87,12 @@ def check_repeats(plan: Plan, model: str, dtype: str) -> list[Record]:
         x = _x(plan, dtype, 1 if dry else BATCH)
         first = fast(x).clone()
         differ = torch.zeros((), dtype=torch.bool, device=x.device)
-        for _ in range(plan.repeats):
+        for _ in range(plan.repeats - 1):
             differ |= (fast(x) != first).any()  # no wait between the calls
         same = not differ.item() and bool(first.isfinite().all())
         checks.say("repeats are bit-equal", same, f"{plan.repeats} repeats")
         fixed = fused(model, plan, column, dtype, deterministic=True)
-        batches = (1, 2) if dry else BATCHES
+        batches = (2,) if dry else BATCHES
         x = _x(plan, dtype, max(batches))
         alone = fixed(x[-1:])
         wrong = [n for n in batches if not torch.equal(fixed(x[-n:])[-1:], alone)]
