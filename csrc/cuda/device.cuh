@@ -3,44 +3,13 @@
 // instructions.cuh has what a warp does in one instruction, tile_*.cuh what is built on it.
 #pragma once
 
-#if defined(__CUDACC_RTC__)
-#define EVIT_DEVICE __device__ __forceinline__
-#define EVIT_HOST_DEVICE __host__ __device__ constexpr
-#define EVIT_KERNEL(threads, blocks_per_sm) \
-  extern "C" __global__ void __launch_bounds__(threads, blocks_per_sm)
-#define EVIT_RESTRICT __restrict__
-#define EVIT_UNROLL _Pragma("unroll")
-#else
+#include "types.cuh"
+
+#if !defined(__CUDACC_RTC__)
 #include "emulator.h"
-#define EVIT_DEVICE inline
-#define EVIT_HOST_DEVICE constexpr
-#define EVIT_KERNEL(threads, blocks_per_sm) inline void
-#define EVIT_RESTRICT __restrict
-#define EVIT_UNROLL
 #endif
 
 namespace evit::cuda {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using i64 = long long;
-
-struct f16 {
-  u16 bits;
-};
-struct bf16 {
-  u16 bits;
-};
-struct alignas(8) u32x2 {
-  u32 x, y;
-};
-struct alignas(16) u32x4 {
-  u32 x, y, z, w;
-};
-struct alignas(16) f32x4 {
-  float x, y, z, w;
-};
 
 // ---- who runs
 
@@ -188,6 +157,53 @@ EVIT_DEVICE void store_vector(void* p, Vector value) {
 EVIT_DEVICE u32x2 load_u32x2(const void* p) { return load_vector<u32x2>(p); }
 EVIT_DEVICE u32x4 load_u32x4(const void* p) { return load_vector<u32x4>(p); }
 EVIT_DEVICE f32x4 load_f32x4(const float* p) { return load_vector<f32x4>(p); }
+
+// Four or eight neighbours of a tensor as floats, and back: 8 to 32 bytes of it.
+template <int N>
+EVIT_DEVICE void load_numbers(float* to, const float* p) {
+  EVIT_UNROLL
+  for (int i = 0; i < N; i += 4) {
+    const f32x4 v = load_f32x4(p + i);
+    to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+  }
+}
+template <int N, typename T>
+EVIT_DEVICE void load_numbers(float* to, const T* p) {
+  static_assert(sizeof(T) == 2 && N % 4 == 0);
+  u32 pairs[N / 2];
+  EVIT_UNROLL
+  for (int i = 0; i < N; i += 8) {
+    if (N - i >= 8) {
+      const u32x4 v = load_u32x4(p + i);
+      pairs[i / 2] = v.x, pairs[i / 2 + 1] = v.y, pairs[i / 2 + 2] = v.z, pairs[i / 2 + 3] = v.w;
+    } else {
+      const u32x2 v = load_u32x2(p + i);
+      pairs[i / 2] = v.x, pairs[i / 2 + 1] = v.y;
+    }
+  }
+  EVIT_UNROLL
+  for (int i = 0; i < N; i += 2) {
+    to[i] = low<T>(pairs[i / 2]);
+    to[i + 1] = high<T>(pairs[i / 2]);
+  }
+}
+EVIT_DEVICE void store_4(float* p, const float* x) {
+  store_vector(p, f32x4{x[0], x[1], x[2], x[3]});
+}
+template <typename T>
+EVIT_DEVICE void store_4(T* p, const float* x) {
+  store_vector(p, u32x2{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3])});
+}
+template <typename T>
+EVIT_DEVICE void store_8(T* p, const float* x) {
+  if constexpr (sizeof(T) == 2) {
+    store_vector(p, u32x4{pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]),
+                          pack2<T>(x[6], x[7])});
+  } else {
+    store_4(p, x);
+    store_4(p + 4, x + 4);
+  }
+}
 
 // ---- functions of one number
 

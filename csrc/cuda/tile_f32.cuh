@@ -3,10 +3,12 @@
 #pragma once
 
 #include "instructions.cuh"
+#include "launch.cuh"
 
 namespace evit::cuda {
 
 struct TileF32 {
+  static constexpr int kFamily = 0;
   using Number = float;
   struct Fragment {
     const float* rows;
@@ -18,9 +20,6 @@ struct TileF32 {
   static constexpr int kRowLanes[2] = {1, 2};
   static constexpr bool kAccumulatorIsOperand = false;
   static constexpr int kPacked = 256;
-
-  // Rows 16 bytes further than a multiple of 128: eight of them meet no bank twice.
-  EVIT_HOST_DEVICE static int stride(int n) { return n + (36 - n % 32) % 32; }
 
   EVIT_DEVICE static int column() { return (lane_id() & 3) * 4; }
   EVIT_DEVICE static int row(int half) { return (lane_id() >> 2) + half * 8; }

@@ -8,10 +8,12 @@
 #pragma once
 
 #include "instructions.cuh"
+#include "launch.cuh"
 
 namespace evit::cuda {
 
 struct TileSm70 {
+  static constexpr int kFamily = 70;
   using Number = f16;
   struct Fragment {
     u32 r[8];
@@ -22,8 +24,6 @@ struct TileSm70 {
   static constexpr int kRowLanes[2] = {2, 8};
   static constexpr bool kAccumulatorIsOperand = false;
   static constexpr int kPacked = 256;
-
-  EVIT_HOST_DEVICE static int stride(int n) { return n % 16 ? n : n + 8; }
 
   EVIT_DEVICE static int column() {
     const int lane = lane_id();

@@ -7,6 +7,7 @@
 namespace evit::cuda {
 
 struct TileSm75 : TileOfRows<f16> {
+  static constexpr int kFamily = 75;
   EVIT_DEVICE static void mma(Accumulator& c, const Fragment& a, const Fragment& b) {
     EVIT_UNROLL
     for (int step = 0; step < 2; step++) {

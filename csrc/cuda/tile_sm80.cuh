@@ -10,6 +10,7 @@
 #pragma once
 
 #include "instructions.cuh"
+#include "launch.cuh"
 
 namespace evit::cuda {
 
@@ -27,10 +28,6 @@ struct TileOfRows {
   static constexpr int kRowLanes[2] = {1, 2};
   static constexpr bool kAccumulatorIsOperand = true;
   static constexpr int kPacked = 256;  // numbers of a packed tile
-
-  // The smallest row stride of at least n numbers that has no bank conflicts in load_a and load_b:
-  // 16 more than a multiple of 32. n is a multiple of 16.
-  EVIT_HOST_DEVICE static int stride(int n) { return n % 32 == 16 ? n : n + 16; }
 
   // First of the four neighbouring columns, and the two rows (half 0, 1), that a lane owns.
   EVIT_DEVICE static int column() { return (lane_id() & 3) * 4; }
@@ -71,6 +68,7 @@ struct TileOfRows {
 
 template <typename T>
 struct TileSm80 : TileOfRows<T> {
+  static constexpr int kFamily = 80;
   using typename TileOfRows<T>::Fragment;
   using typename TileOfRows<T>::Accumulator;
   EVIT_DEVICE static void mma(Accumulator& c, const Fragment& a, const Fragment& b) {

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from evit_fast.fragments import pack_tiles
-from tests.emulator.building import library
+from tests.emulator.building import ORDERS, library
 
-ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 TILES = [
     (0, torch.float32),
     (70, torch.float16),

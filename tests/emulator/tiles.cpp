@@ -16,7 +16,7 @@ void run(float* y, const void* a, const void* b, const void* packed_a, const voi
   using T = typename Tile::Number;
   emulator::Launch launch;
   launch.block.x = 32;
-  launch.shared_bytes = 2 * 16 * Tile::stride(16) * sizeof(T);
+  launch.shared_bytes = 2 * 16 * row_stride(Tile::kFamily, 16) * sizeof(T);
   launch.order = static_cast<emulator::Order>(order);
   const T *pa = static_cast<const T*>(a), *pb = static_cast<const T*>(b);
   const T *qa = static_cast<const T*>(packed_a), *qb = static_cast<const T*>(packed_b);

@@ -2,18 +2,19 @@
 #pragma once
 
 #include "instructions.cuh"
+#include "launch.cuh"
 
 namespace evit::cuda {
 
 // a, b [16][16]; packed_a, packed_b the same as pack_tiles lays them out; y [3][16][16] float32:
 // from shared memory, from packed tiles, and (A B^T) B^T with the accumulator as operand (zeros
-// where the family has no such). One warp. Shared memory: 2 * 16 * stride(16) numbers.
+// where the family has no such). One warp. Shared memory: 2 * 16 * row_stride(16) numbers.
 template <typename Tile>
 EVIT_DEVICE void tile_body(float* y, const typename Tile::Number* a, const typename Tile::Number* b,
                            const typename Tile::Number* packed_a,
                            const typename Tile::Number* packed_b) {
   using T = typename Tile::Number;
-  constexpr int kStride = Tile::stride(16);
+  constexpr int kStride = row_stride(Tile::kFamily, 16);
   T* s_a = reinterpret_cast<T*>(shared_memory());
   T* s_b = s_a + 16 * kStride;
   constexpr int kWide = 16 / sizeof(T);  // numbers of one copy
