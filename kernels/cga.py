@@ -16,6 +16,7 @@ and columns, so loads of weights need no mask.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -35,19 +36,104 @@ from evit_fast.kernels.launches import (
 )
 from evit_fast.ops.cga import Shape, Weights
 
+STEP: tl.constexpr = tl.constexpr(16)
+
+
+FEW = 128  # windows: as many programs as an A100 or H100 has SMs, or fewer
+
+
+def window(PACK: int, PROJECT: int, num_warps: int) -> Config:
+    # One stage: Triton pipelines no loop that holds another one, and the float32 loops would spill.
+    return Config({"PACK": PACK, "PROJECT": PROJECT}, num_warps, 1)
+
+
+def projection(BT: int, BN: int, BK: int, num_stages: int) -> Config:
+    return Config({"BT": BT, "BN": BN, "BK": BK}, 4, num_stages)
+
+
+# By what the compiler reports, without a card (kernels/compiled.csv): PROJECT=1 where y's sums
+# leave registers to spare. At C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8.
+# float32 has no tensor core instruction and keeps more operands in registers: 8 warps, PACK=1.
+# few: twice the warps for a window, its projection over more programs. many, 4x4 windows: four of
+# them read a weight once.
+CONFIGS = Table(
+    op="cga",
+    rows={
+        80: {
+            ("window", 2, 16, "narrow", "few"): window(1, 0, 4),
+            ("window", 2, 16, "narrow", "many"): window(4, 0, 4),
+            ("window", 2, 16, "wide", "few"): window(1, 0, 4),
+            ("window", 2, 16, "wide", "many"): window(4, 0, 8),
+            ("window", 2, 64, "narrow", "few"): window(1, 1, 4),
+            ("window", 2, 64, "narrow", "many"): window(1, 1, 4),
+            ("window", 2, 64, "wide", "few"): window(1, 0, 8),
+            ("window", 2, 64, "wide", "many"): window(1, 0, 4),
+            ("window", 2, 128, "narrow", "few"): window(1, 0, 8),
+            ("window", 2, 128, "narrow", "many"): window(1, 0, 8),
+            ("window", 2, 128, "wide", "few"): window(1, 0, 8),
+            ("window", 2, 128, "wide", "many"): window(1, 0, 8),
+            ("window", 4, 16, "narrow", "few"): window(1, 0, 8),
+            ("window", 4, 16, "narrow", "many"): window(1, 0, 8),
+            ("window", 4, 16, "wide", "few"): window(1, 0, 8),
+            ("window", 4, 16, "wide", "many"): window(1, 0, 8),
+            ("window", 4, 64, "narrow", "few"): window(1, 0, 8),
+            ("window", 4, 64, "narrow", "many"): window(1, 0, 8),
+            ("window", 4, 64, "wide", "few"): window(1, 0, 8),
+            ("window", 4, 64, "wide", "many"): window(1, 0, 8),
+            ("window", 4, 128, "narrow", "few"): window(1, 0, 16),
+            ("window", 4, 128, "narrow", "many"): window(1, 0, 16),
+            ("window", 4, 128, "wide", "few"): window(1, 0, 16),
+            ("window", 4, 128, "wide", "many"): window(1, 0, 16),
+            ("projection", 2, "few"): projection(16, 32, 64, 3),
+            ("projection", 2, "many"): projection(64, 64, 32, 3),
+            ("projection", 4, "few"): projection(16, 32, 16, 3),
+            ("projection", 4, "many"): projection(64, 64, 16, 3),
+        }
+    },
+)
+
+
+@triton.jit
+def product(a, w_ptr, stride, acc, WIDE: tl.constexpr):
+    """acc + a @ w.   a [R, K], acc [R, N]; w [K, N] in memory, `stride` elements a row."""
+    K: tl.constexpr = a.shape[1]
+    offs_n = tl.arange(0, acc.shape[1])
+    if a.dtype == tl.float32:
+        offs_k = tl.arange(0, STEP)
+        for j in range(K // STEP):
+            w = tl.load(w_ptr + (offs_k + j * STEP)[:, None] * stride + offs_n[None, :])
+            acc = dot(columns(a, j), w, acc, WIDE)
+    else:
+        offs_k = tl.arange(0, K)
+        w = tl.load(w_ptr + offs_k[:, None] * stride + offs_n[None, :])
+        acc = dot(a, w, acc, WIDE)
+    return acc
+
+
+@triton.jit
+def columns(a, j):
+    """Columns [j * STEP, (j + 1) * STEP) of a [R, K].   [R, STEP]"""
+    N: tl.constexpr = a.shape[1] // STEP
+    a = tl.reshape(a, (a.shape[0], N, STEP))
+    return tl.sum(tl.where((tl.arange(0, N) == j)[None, :, None], a, 0.0), 1)
+
+
+@triton.jit
+def rows_of(a, j):
+    """Rows [j * STEP, (j + 1) * STEP) of a [R, K].   [STEP, K]"""
+    N: tl.constexpr = a.shape[0] // STEP
+    a = tl.reshape(a, (N, STEP, a.shape[1]))
+    return tl.sum(tl.where((tl.arange(0, N) == j)[:, None, None], a, 0.0), 0)
+
 
 @triton.jit
 def linear(a0, a1, w_ptr, stride, acc, WIDE: tl.constexpr):
     """acc + (a0 | a1) @ w.   a0 [R, K0], a1 [R, K1] or None, acc [R, N], w [K0 + K1, N] in memory
     with `stride` elements a row.
     """
-    K0: tl.constexpr = a0.shape[1]
-    offs_k = tl.arange(0, K0)
-    offs_n = tl.arange(0, acc.shape[1])
-    acc = dot(a0, tl.load(w_ptr + offs_k[:, None] * stride + offs_n[None, :]), acc, WIDE)
+    acc = product(a0, w_ptr, stride, acc, WIDE)
     if a1 is not None:
-        offs_k = K0 + tl.arange(0, a1.shape[1])
-        acc = dot(a1, tl.load(w_ptr + offs_k[:, None] * stride + offs_n[None, :]), acc, WIDE)
+        acc = product(a1, w_ptr + a0.shape[1] * stride, stride, acc, WIDE)
     return acc
 
 
@@ -64,6 +150,30 @@ def relu(x):
 
 
 @triton.jit
+def pack_pairs(q):
+    """Channels 2c and 2c+1 as one integer: half the shuffles between threads in `depthwise`.
+
+    q [R, N] -> [R, N / 2]; 16-bit floats become int32, float32 int64.
+    """
+    BITS: tl.constexpr = q.dtype.primitive_bitwidth
+    half: tl.constexpr = tl.core.get_int_dtype(BITS, signed=False)
+    word: tl.constexpr = tl.core.get_int_dtype(2 * BITS, signed=False)
+    even, odd = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
+    even, odd = even.to(half, bitcast=True).to(word), odd.to(half, bitcast=True).to(word)
+    return even | (odd << BITS)
+
+
+@triton.jit
+def unpack_pairs(words, kind: tl.constexpr):
+    """What `pack_pairs` packed from `kind`: even and odd channels, [R, N / 2] float32 each."""
+    BITS: tl.constexpr = kind.primitive_bitwidth
+    half: tl.constexpr = tl.core.get_int_dtype(BITS, signed=False)
+    even = words.to(half).to(kind, bitcast=True).to(tl.float32)
+    odd = (words >> BITS).to(half).to(kind, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
 def depthwise(q, taps_ptr, bias_ptr, ks, offs_s, WIN: tl.constexpr):
     """The ks x ks convolution of q over its window, zero-padded at the border.
 
@@ -71,20 +181,24 @@ def depthwise(q, taps_ptr, bias_ptr, ks, offs_s, WIN: tl.constexpr):
     rows of one window follow each other. Returns [R, DK] float32.
     """
     R: tl.constexpr = q.shape[0]
-    DK: tl.constexpr = q.shape[1]
-    offs_r = tl.arange(0, R)
+    PAIRS: tl.constexpr = q.shape[1] // 2
+    pairs = pack_pairs(q)  # [R, PAIRS]
+    offs_r, offs_p = tl.arange(0, R), 2 * tl.arange(0, PAIRS)
     row, column = offs_s // WIN, offs_s % WIN
-    acc = bias_rows(bias_ptr, R, DK)
+    acc_even = tl.zeros((R, PAIRS), tl.float32) + tl.load(bias_ptr + offs_p)[None, :]
+    acc_odd = tl.zeros((R, PAIRS), tl.float32) + tl.load(bias_ptr + offs_p + 1)[None, :]
     half = ks // 2
     for dy in range(-half, half + 1):
+        inside_y = (row < WIN) & (row + dy >= 0) & (row + dy < WIN)
         for dx in range(-half, half + 1):
-            inside = (row + dy >= 0) & (row + dy < WIN) & (column + dx >= 0) & (column + dx < WIN)
-            source = tl.where(inside & (row < WIN), offs_r + dy * WIN + dx, offs_r)
-            shifted = tl.gather(q, tl.broadcast_to(source[:, None], (R, DK)), 0)
-            tap = tl.load(taps_ptr + tl.arange(0, DK))
-            acc += tl.where(inside[:, None], shifted.to(tl.float32) * tap[None, :], 0.0)
-            taps_ptr += DK
-    return acc
+            inside = inside_y & (column + dx >= 0) & (column + dx < WIN)
+            source = tl.where(inside, offs_r + dy * WIN + dx, offs_r)[:, None]
+            shifted = tl.gather(pairs, tl.broadcast_to(source, (R, PAIRS)), 0)
+            even, odd = unpack_pairs(tl.where(inside[:, None], shifted, 0), q.dtype)
+            acc_even += even * tl.load(taps_ptr + offs_p)[None, :]
+            acc_odd += odd * tl.load(taps_ptr + offs_p + 1)[None, :]
+            taps_ptr += q.shape[1]
+    return tl.reshape(tl.join(acc_even, acc_odd), (R, 2 * PAIRS))
 
 
 @triton.jit
@@ -113,7 +227,11 @@ def apply(p, v, PACK: tl.constexpr, WIDE: tl.constexpr):
     R: tl.constexpr = v.shape[0]
     SP: tl.constexpr = p.shape[1]
     N: tl.constexpr = v.shape[1]
-    if PACK == 1:
+    if PACK == 1 and p.dtype == tl.float32:
+        out = tl.zeros((R, N), tl.float32)
+        for j in range(SP // STEP):
+            out = dot(columns(p, j), rows_of(v, j), out, WIDE)
+    elif PACK == 1:
         out = dot(p, v, tl.zeros((R, N), tl.float32), WIDE)
     else:
         p = tl.reshape(p, (PACK, SP, SP))
@@ -132,7 +250,7 @@ def cga_window_kernel(
     dw_ptr,  # [HEADS, TAPS, DK], the first ks * ks rows are used
     dw_bias_ptr,  # [HEADS, DK]
     bias_ptr,  # [HEADS, SP, SP]
-    proj_ptr,  # [HEADS, D0 + D1, C0 + C1]
+    proj_ptr,  # [C + D0 + D1 - DV, C0 + C1]
     proj_bias_ptr,  # [C0 + C1]
     B,
     H,
@@ -157,17 +275,20 @@ def cga_window_kernel(
     R: tl.constexpr = PACK * SP
     kind = qkv_ptr.dtype.element_ty
 
-    # Which token of the batch each row is.
+    # Which token each row is, counted from the first image that the program sees.
     offs_r = tl.arange(0, R)
     offs_s = offs_r % SP
     NH, NW = tl.cdiv(H, WIN), tl.cdiv(W, WIN)
-    window = tl.program_id(0).to(tl.int64) * PACK + offs_r // SP
+    first = tl.program_id(0) * PACK // (NH * NW)
+    window = tl.program_id(0) * PACK - first * NH * NW + offs_r // SP
+    image = window // (NH * NW)
     row = window // NW % NH * WIN + offs_s // WIN
     column = window % NW * WIN + offs_s % WIN
-    image = window // (NH * NW)
     is_token = offs_s < WIN * WIN
-    mask_r = is_token & (image < B) & (row < H) & (column < W)  # else zero padding
+    mask_r = is_token & (first + image < B) & (row < H) & (column < W)  # else zero padding
     offs_t = ((image * H + row) * W + column) * C
+    x_ptr += first.to(tl.int64) * H * W * C
+    y_ptr += first.to(tl.int64) * H * W * C
 
     d0 = tl.arange(0, D0)
     mask_0 = mask_r[:, None] & (d0 < DV)[None, :]
@@ -212,7 +333,7 @@ def cga_window_kernel(
         if D1 > 0:
             out1 = relu(head1).to(kind)
         if PROJECT:
-            w = proj_ptr + i * (D0 + D1) * CP
+            w = proj_ptr + i * DV * CP
             y0 = linear(out0, out1, w, CP, y0, WIDE)
             if C1 > 0:
                 y1 = linear(out0, out1, w + C0, CP, y1, WIDE)
@@ -242,34 +363,37 @@ def cga_projection_kernel(
     y_ptr,  # [T, C]
     x_ptr,  # [T, C]
     heads_ptr,  # [T, C]
-    proj_ptr,  # [HEADS, D0 + D1, CP]
+    proj_ptr,  # [C + DP - DV, CP]
     proj_bias_ptr,  # [CP]
     T,
     C: tl.constexpr,
-    DV: tl.constexpr,
-    DP: tl.constexpr,
     CP: tl.constexpr,
     WIDE: tl.constexpr,
     BT: tl.constexpr,
     BN: tl.constexpr,
+    BK: tl.constexpr,
 ):
-    """y = x + heads @ proj + bias. One program = BT tokens x BN channels. Grid: (T / BT, C / BN)."""
+    """y = x + heads @ proj + bias. One program: BT tokens x BN channels. Grid: (T / BT, C / BN)."""
     offs_t = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
     offs_n = tl.program_id(1) * BN + tl.arange(0, BN)
-    mask_t, mask_n = offs_t < T, offs_n < CP
-    offs_k = tl.arange(0, 16)
+    mask_t, mask_n = (offs_t < T)[:, None], (offs_n < C)[None, :]
     acc = tl.zeros((BT, BN), tl.float32)
-    acc += tl.load(proj_bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :]
-    for k in range(0, C, 16):
-        a = tl.load(
-            heads_ptr + offs_t[:, None] * C + k + offs_k[None, :], mask=mask_t[:, None], other=0.0
-        )  # [BT, 16]
-        at = k // DV * DP + k % DV  # heads are DV wide, DP apart
-        w = tl.load(
-            proj_ptr + (at + offs_k)[:, None] * CP + offs_n[None, :], mask=mask_n[None, :], other=0.0
-        )  # [16, BN]
-        acc = dot(a, w, acc, WIDE)
-    store_sum(y_ptr, x_ptr, acc, offs_t * C, mask_t, offs_n, C)
+    acc += tl.load(proj_bias_ptr + offs_n, mask=offs_n < C, other=0.0)[None, :]
+    for k in range(0, C, BK):
+        offs_k = k + tl.arange(0, BK)
+        mask_k = offs_k < C
+        heads = tl.load(
+            heads_ptr + offs_t[:, None] * C + offs_k[None, :],
+            mask=mask_t & mask_k[None, :],
+            other=0.0,
+        )  # [BT, BK]
+        proj = tl.load(
+            proj_ptr + offs_k[:, None] * CP + offs_n[None, :],
+            mask=mask_k[:, None] & mask_n,
+            other=0.0,
+        )  # [BK, BN]
+        acc = dot(heads, proj, acc, WIDE)
+    store_sum(y_ptr, x_ptr, acc, offs_t * C, offs_t < T, offs_n, C)
 
 
 class Packed(NamedTuple):
@@ -281,7 +405,9 @@ class Packed(NamedTuple):
     dw: torch.Tensor  # [HEADS, TAPS, DK]
     dw_bias: torch.Tensor  # [HEADS, DK]
     bias: torch.Tensor  # [HEADS, SP, SP], -inf where a column is no token
-    proj: torch.Tensor  # [HEADS, D0 + D1, C0 + C1]: K-major
+    # K-major. A head narrower than D0 + D1 reads on into the rows of the next: its columns there
+    # are 0. Zeros follow the last head.
+    proj: torch.Tensor  # [C + D0 + D1 - DV, C0 + C1]
     proj_bias: torch.Tensor  # [C0 + C1]
 
 
@@ -294,8 +420,8 @@ def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
     """None, or one sentence: why this kernel does not run this shape there."""
     if why := refusal(dtype, arch):
         return why
-    if s.tokens > 64:
-        return f"triton: cga takes windows up to 8x8 tokens, this one has {s.window}x{s.window}"
+    if s.tokens > 128:
+        return f"triton: cga takes windows up to 11x11 tokens, this one has {s.window}x{s.window}"
     if s.dv > 128:
         return f"triton: cga takes heads up to 128 channels wide, these have {s.dv}"
     return None
@@ -316,7 +442,7 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
         padded(s.heads, TAPS, s.dk),
         padded(s.heads, s.dk),
         padded(s.heads, SP, SP),
-        padded(s.heads, DP, CP, dtype=dtype),
+        padded(s.C + DP - s.dv, CP, dtype=dtype),
         padded(CP),
     )
     for i, ks in enumerate(s.ks):
@@ -327,7 +453,7 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
         p.dw_bias[i] = w.dw_bias[i]
         p.bias[i, :, s.tokens :] = float("-inf")
         p.bias[i, : s.tokens, : s.tokens] = w.bias[i]
-        p.proj[i, : s.dv, : s.C] = w.proj[:, i * s.dv : (i + 1) * s.dv].T
+    p.proj[: s.C, : s.C] = w.proj.T
     p.proj_bias[: s.C] = w.proj_bias
     return p
 
@@ -337,12 +463,35 @@ def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
     return cdiv(B * H * W * s.C * dtype.itemsize, 256) * 256
 
 
-CONFIGS = Table({80: {
-    ("window", 2): Config({"PACK": 1, "PROJECT": 1}, 8, 1),
-    ("window", 4): Config({"PACK": 1, "PROJECT": 1}, 8, 1),
-    ("projection", 2): Config({"BT": 64, "BN": 64}, 4, 2),
-    ("projection", 4): Config({"BT": 64, "BN": 64}, 4, 2),
-}})
+def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
+    """What `evit-fast tune` tries beside the rows, per kernel."""
+    packs = (1, 2, 4) if rows(s) == 16 else (1,)
+    steps = (32, 64) if dtype.itemsize == 2 else (16,)
+    return {
+        "window": [
+            window(PACK, PROJECT, warps)
+            for PACK in packs
+            for PROJECT in (0, 1)
+            for warps in (4, 8)
+            if PROJECT == 0 or s.C <= 512
+        ],
+        "projection": [
+            projection(BT, BN, BK, 3)
+            for BT, BN in ((16, 32), (32, 64), (64, 64), (128, 64))
+            for BK in steps
+        ],
+    }
+
+
+def shape_class(
+    s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool
+) -> tuple[int, int, str, str]:
+    """Key of the window kernel's rows, without its name. deterministic: never by the number of
+    images.
+    """
+    few = B * cdiv(H, s.window) * cdiv(W, s.window) <= FEW and not deterministic
+    size = next(n for n in (16, 64, 128) if rows(s) <= n)
+    return dtype.itemsize, size, "narrow" if s.C <= 128 else "wide", "few" if few else "many"
 
 
 def plan(
@@ -354,7 +503,7 @@ def plan(
     *,
     arch: int,
     deterministic: bool = False,
-    config: Config | None = None,
+    config: Mapping[str, Config] | None = None,
 ) -> list[Launch]:
     """The launches of y = cga(x).   x, y [B, H, W, C] contiguous, any float dtype, not aliased;
     space: `scratch()` bytes.
@@ -362,10 +511,10 @@ def plan(
     B, H, W, C = x.shape
     if B == 0:
         return []
-    dtype = w.qkv.dtype
-    key = (dtype.itemsize,)
-    config = config or CONFIGS.row(arch, ("window", *key))
-    fused = bool(config.tiles["PROJECT"])
+    dtype, config = w.qkv.dtype, config or {}
+    key = shape_class(s, dtype, B, H, W, deterministic)
+    row = config.get("window") or CONFIGS.row(arch, ("window", *key))
+    fused = row.tiles["PROJECT"] == 1
     heads = y if fused else space[: x.numel() * dtype.itemsize].view(dtype).view(x.shape)
     D0, D1 = parts(s.dv)
     C0, C1 = parts(C)
@@ -374,7 +523,7 @@ def plan(
     launches = [
         Launch(
             cga_window_kernel,
-            (cdiv(windows, config.tiles["PACK"]),),
+            (cdiv(windows, row.tiles["PACK"]),),
             {
                 "y_ptr": heads, "x_ptr": x,
                 **{f"{name}_ptr": value for name, value in w._asdict().items()},
@@ -384,12 +533,13 @@ def plan(
                 "C": C, "HEADS": s.heads, "DK": s.dk, "WIN": s.window, "TAPS": w.dw.shape[1],
                 "SP": rows(s), "D0": D0, "D1": D1, "C0": C0, "C1": C1, "WIDE": WIDE,
             },
-            config,
+            row,
         )
     ]  # fmt: skip
     if not fused:
-        tiles = CONFIGS.row(arch, ("projection", *key))
-        BT, BN = tiles.tiles["BT"], tiles.tiles["BN"]
+        key = ("projection", dtype.itemsize, key[-1])
+        row = config.get("projection") or CONFIGS.row(arch, key)
+        BT, BN = row.tiles["BT"], row.tiles["BN"]
         launches.append(
             Launch(
                 cga_projection_kernel,
@@ -398,8 +548,8 @@ def plan(
                     "y_ptr": y, "x_ptr": x, "heads_ptr": heads, "proj_ptr": w.proj,
                     "proj_bias_ptr": w.proj_bias, "T": B * H * W,
                 },
-                {"C": C, "DV": s.dv, "DP": D0 + D1, "CP": C0 + C1, "WIDE": WIDE},
-                tiles,
+                {"C": C, "CP": C0 + C1, "WIDE": WIDE},
+                row,
             )
         )  # fmt: skip
     return launches
@@ -414,7 +564,7 @@ def launch(
     *,
     arch: int,
     deterministic: bool = False,
-    config: Config | None = None,
+    config: Mapping[str, Config] | None = None,
 ) -> None:
     """y = cga(x) on the current stream; see `plan`."""
     run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
