@@ -27,7 +27,7 @@ from typing import Any
 from evit_fast._version import __version__
 
 FORMAT = 1
-SOURCES = {"triton": ("kernels/{op}.py", "kernels/dot.py")}  # column -> what its rows depend on
+SOURCES = {"triton": ("kernels/{op}*.py", "kernels/dot.py")}  # what the rows of a column depend on
 COMPILERS = {"triton": "triton"}  # column -> the package whose version decides speed
 
 Row = Mapping[str, Any]
@@ -147,11 +147,11 @@ def _name(key: Key) -> str:
 def _measured_with(column: str, op: str) -> str:
     root = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in SOURCES[column]:
+    for pattern in SOURCES[column]:
         # Installed, kernels/ lies inside the package; in a checkout beside it.
-        name = source.format(op=op)
-        places = [p / name for p in (root, root.parent) if (p / name).is_file()]
-        digest.update(places[0].read_bytes() if places else b"")
+        found = [f for place in (root, root.parent) for f in place.glob(pattern.format(op=op))]
+        for source in sorted(found):
+            digest.update(source.read_bytes())
     compiler = COMPILERS[column]
     try:
         version = importlib.metadata.version(compiler)
