@@ -75,5 +75,10 @@ class Options:
                 f"graphs=True: CUDA graphs need a kernel column on a CUDA device, but the {column} "
                 f"column runs this on {blob.device}; leave graphs at None"
             )
+        if self.deterministic and place.kind != "cpu" and why:
+            raise NotImplementedError(
+                f"deterministic=True: only the reference column can run this here ({why}), which "
+                f"promises no such thing on {blob.device}; use deterministic=False"
+            )
         if column == "triton":
             walker.upload(program, blob, place)

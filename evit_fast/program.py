@@ -165,7 +165,8 @@ def _unpack(op: Op, blob: torch.Tensor) -> NamedTuple:
     for section in _native.layout(op.line):
         start = op.at + section["offset"]
         flat = blob[start : start + section["bytes"]].view(getattr(torch, section["dtype"]))
-        sections[section["name"]] = _NATURAL[section["kind"]](flat, *section["dims"]).contiguous()
+        natural = _NATURAL[section["kind"]](flat, *section["dims"])  # often a view of the blob
+        sections[section["name"]] = natural.clone(memory_format=torch.contiguous_format)
     weights = OPS[op.name].Weights
     fields = {}
     for name in weights._fields:
