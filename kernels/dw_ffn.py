@@ -32,44 +32,65 @@ from evit_fast.kernels.launches import (
 )
 from evit_fast.ops.dw_ffn import Shape, Weights
 
-MAX_C = 384
-PART = 128  # channels, a multiple of which C is padded to where the rest is no power of two
-FEW = 1024  # tokens: 16 blocks of 64, on cards of 40 to 148 SMs
-MAX_SPLIT = 12  # of any row or candidate: scratch() does not know the architecture
+PART = 128  # channels convolved at once; 256 would take another 40 registers at its worst moment
 HIDDEN_STEP = 128  # packed hidden units are padded to a multiple of it: no mask for any BF
+SUM_BLOCK = 512
+WIDTHS = (64, 128, 192, 256, 320, 384)  # classes of C
+FEW = 2048  # tokens: up to here BT=16 and shares give every SM of an H100 a program
 
 
-def _tiles(BT: int, BF: int, SPLIT: int, warps: int, stages: int = 2) -> Config:
-    return Config({"BT": BT, "BF": BF, "SPLIT": SPLIT}, warps, stages)
+def tiles(BT: int, BF: int, SPLIT: int, num_warps: int, num_stages: int = 2) -> Config:
+    return Config({"BT": BT, "BF": BF, "SPLIT": SPLIT}, num_warps, num_stages)
 
 
-# Key: bytes of a value, C rounded up to one of WIDTHS, tokens.
-WIDTHS = (64, 128, 192, 256, 384)
+# Key: bytes of a value, class of C, tokens. The second launch of SPLIT > 1 costs 2 us, as much as
+# one SM needs for the float16 weights of C=192. BF >= 16 * num_warps gives every warp rows of w1 of
+# its own. float32 is FMAs on registers: small tiles. These fit the 99 KiB of sm_86, 89 and 120.
+FIT_99_KIB = {
+    (2, 64, "few"): tiles(16, 64, 1, 4),
+    (2, 128, "few"): tiles(16, 64, 1, 4),
+    (2, 192, "few"): tiles(16, 64, 1, 4),
+    (2, 256, "few"): tiles(16, 32, 8, 4),
+    (2, 320, "few"): tiles(16, 32, 9, 4),
+    (2, 384, "few"): tiles(16, 32, 12, 4),
+    (2, 64, "many"): tiles(128, 64, 1, 8),
+    (2, 128, "many"): tiles(64, 64, 1, 4),
+    (2, 192, "many"): tiles(64, 64, 1, 4),
+    (2, 256, "many"): tiles(64, 32, 1, 4),
+    (2, 320, "many"): tiles(64, 32, 1, 8),
+    (2, 384, "many"): tiles(32, 32, 1, 4),
+    (4, 64, "few"): tiles(16, 16, 1, 4),
+    (4, 128, "few"): tiles(16, 16, 4, 4),
+    (4, 192, "few"): tiles(16, 16, 6, 4),
+    (4, 256, "few"): tiles(16, 16, 8, 4),
+    (4, 320, "few"): tiles(16, 16, 9, 4),
+    (4, 384, "few"): tiles(16, 16, 12, 4),
+    (4, 64, "many"): tiles(64, 32, 1, 8),
+    (4, 128, "many"): tiles(64, 16, 1, 8),
+    (4, 192, "many"): tiles(32, 16, 1, 4),
+    (4, 256, "many"): tiles(32, 16, 1, 8),
+    (4, 320, "many"): tiles(32, 16, 1, 8),
+    (4, 384, "many"): tiles(32, 16, 1, 8),
+}
+# An H100 multiplies faster than L2 delivers weights: BT=128 halves what is read per token, as far
+# as registers allow. BF >= 64 is what wgmma and tcgen05 need. No stages where two would not fit.
+FIT_227_KIB = FIT_99_KIB | {
+    (2, 64, "many"): tiles(128, 64, 1, 4),
+    (2, 128, "many"): tiles(128, 128, 1, 8),
+    (2, 192, "many"): tiles(128, 64, 1, 8),
+    (2, 256, "many"): tiles(128, 64, 1, 8),
+    (2, 320, "many"): tiles(128, 32, 1, 8),
+    (2, 384, "many"): tiles(64, 64, 1, 8, 1),
+}
 CONFIGS = Table(
     op="dw_ffn",
     rows={
-        80: {
-            (2, 64, "few"): _tiles(16, 64, 1, 4),
-            (2, 128, "few"): _tiles(16, 64, 2, 4),
-            (2, 192, "few"): _tiles(16, 32, 4, 4),
-            (2, 256, "few"): _tiles(16, 32, 8, 4),
-            (2, 384, "few"): _tiles(16, 32, 12, 4),
-            (2, 64, "many"): _tiles(64, 64, 1, 4),
-            (2, 128, "many"): _tiles(64, 64, 1, 4),
-            (2, 192, "many"): _tiles(64, 32, 1, 4),
-            (2, 256, "many"): _tiles(64, 32, 1, 4),
-            (2, 384, "many"): _tiles(64, 32, 1, 4),
-            (4, 64, "few"): _tiles(16, 16, 1, 4),
-            (4, 128, "few"): _tiles(16, 16, 2, 4),
-            (4, 192, "few"): _tiles(16, 16, 4, 4),
-            (4, 256, "few"): _tiles(16, 16, 8, 4),
-            (4, 384, "few"): _tiles(16, 16, 12, 4),
-            (4, 64, "many"): _tiles(32, 32, 1, 4),
-            (4, 128, "many"): _tiles(32, 32, 1, 4),
-            (4, 192, "many"): _tiles(32, 16, 1, 4),
-            (4, 256, "many"): _tiles(32, 16, 1, 4),
-            (4, 384, "many"): _tiles(16, 16, 1, 4),
-        },
+        80: FIT_99_KIB
+        | {(2, 320, "many"): tiles(64, 64, 1, 8), (2, 384, "many"): tiles(64, 64, 1, 8)},
+        86: FIT_99_KIB,
+        90: FIT_227_KIB,
+        100: FIT_227_KIB,
+        120: FIT_99_KIB,
     },
 )
 
@@ -181,9 +202,9 @@ def dw_ffn_sum_kernel(y_ptr, part_ptr, N, SPLIT: tl.constexpr, BLOCK: tl.constex
 
 
 class Packed(NamedTuple):
-    """Row f of w1 makes hidden unit f, row f of w2 spends it: a block of hidden units is one stretch
-    of memory in both. Zeros pad C to the parts' widths (14 % more products at C=224, 7 % at 240)
-    and F to HIDDEN_STEP, so that no weight needs a mask.
+    """The weights as they are, but no load of them needs a mask: zeros pad C to CP, the sum of its
+    parts (14 % more products at C=224, 7 % at 240, none elsewhere), and F to FP, a multiple of
+    HIDDEN_STEP (memory only).
     """
 
     dw: torch.Tensor  # [9, CP] float32
@@ -202,26 +223,35 @@ def parts(C: int) -> tuple[int, ...]:
     return (PART,) * full + ((max(16, triton.next_power_of_2(rest)),) if rest else ())
 
 
+def width_class(C: int) -> int:
+    return next(width for width in WIDTHS if C <= width)
+
+
 def shape_class(
     s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool
 ) -> tuple[int, int, str]:
     """The key of the row. deterministic: the same for every number of images."""
-    width = next(width for width in WIDTHS if s.C <= width)
     few = not deterministic and B * H * W <= FEW
-    return dtype.itemsize, width, "few" if few else "many"
+    return dtype.itemsize, width_class(s.C), "few" if few else "many"
 
 
 def CANDIDATES(s: Shape, dtype: torch.dtype) -> list[Config]:
-    """What `evit-fast tune` tries beside the row."""
-    return []
+    """What `evit-fast tune` tries: the rows of this width for every architecture and number of
+    tokens, and fewer shares.
+    """
+    keys = [(dtype.itemsize, width_class(s.C), tokens) for tokens in ("few", "many")]
+    rows = [table[key] for table in CONFIGS.rows.values() for key in keys]
+    few, split = rows[0], rows[0].tiles["SPLIT"]
+    rows += [few._replace(tiles={**few.tiles, "SPLIT": n}) for n in (1, split // 2) if n]
+    return [row for i, row in enumerate(rows) if row not in rows[:i]]
 
 
 def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
     """None, or why the op does not run so."""
     if why := refusal(dtype, arch):
         return why
-    if s.C > MAX_C:
-        return f"triton: dw_ffn keeps C channels in registers, at most {MAX_C}; C={s.C} is more"
+    if s.C > WIDTHS[-1]:
+        return f"triton: dw_ffn keeps a token's sums in registers, up to C={WIDTHS[-1]}; C is {s.C}"
     return None
 
 
@@ -240,9 +270,11 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
 
 
 def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
-    """Bytes of partial sums: enough for any row and candidate."""
-    tokens = B * H * W
-    return 0 if tokens > FEW else cdiv(MAX_SPLIT * tokens * s.C * 4, 256) * 256
+    """Bytes of partial sums, enough for every row and candidate of this width."""
+    split = max(config.tiles["SPLIT"] for config in CANDIDATES(s, dtype))
+    if split == 1 or B * H * W > FEW:
+        return 0
+    return cdiv(split * B * H * W * s.C * 4, 256) * 256
 
 
 def plan(
@@ -261,31 +293,29 @@ def plan(
     T, dtype = B * H * W, w.w1.dtype
     if T == 0:
         return []
-    row = config or CONFIGS.row(arch, shape_class(s, dtype, B, H, W, deterministic))
-    split = row.tiles["SPLIT"]
+    config = config or CONFIGS.row(arch, shape_class(s, dtype, B, H, W, deterministic))
+    split = config.tiles["SPLIT"]
+    if split > 1 and T > FEW:
+        raise ValueError(f"dw_ffn: SPLIT={split} is for at most {FEW} tokens, not {T}; set SPLIT=1")
     out = y if split == 1 else space[: split * T * C * 4].view(torch.float32)
-    launches = [
-        Launch(
-            dw_ffn_kernel,
-            (cdiv(T, row.tiles["BT"]), split),
-            {"out_ptr": out, "x_ptr": x, **{f"{k}_ptr": v for k, v in w._asdict().items()}}
-            | {"T": T, "H": H, "W": W},
-            {"C": C, "F": s.F, "CP": w.w1.shape[1], "FP": w.w1.shape[0], "PARTS": parts(C)}
-            | {"DTYPE": TYPES[dtype], "WIDE": INTERPRETED and dtype == torch.bfloat16},
-            row,
-        )
-    ]
+    args = {"out_ptr": out, "x_ptr": x, **{f"{name}_ptr": t for name, t in w._asdict().items()}}
+    FP, CP = w.w1.shape
+    constexprs = {
+        "C": C,
+        "F": s.F,
+        "CP": CP,
+        "FP": FP,
+        "PARTS": parts(C),
+        "DTYPE": TYPES[dtype],
+        "WIDE": INTERPRETED and dtype == torch.bfloat16,
+    }
+    grid = (cdiv(T, config.tiles["BT"]), split)
+    launches = [Launch(dw_ffn_kernel, grid, {**args, "T": T, "H": H, "W": W}, constexprs, config)]
     if split > 1:
-        N = T * C
-        launches.append(
-            Launch(
-                dw_ffn_sum_kernel,
-                (cdiv(N, 512),),
-                {"y_ptr": y, "part_ptr": out, "N": N},
-                {"SPLIT": split, "BLOCK": 512},
-                Config({}, 4),
-            )
-        )
+        sum_args = {"y_ptr": y, "part_ptr": out, "N": T * C}
+        sizes = {"SPLIT": split, "BLOCK": SUM_BLOCK}
+        grid = (cdiv(T * C, SUM_BLOCK),)
+        launches.append(Launch(dw_ffn_sum_kernel, grid, sum_args, sizes, Config({}, 4)))
     return launches
 
 
