@@ -59,9 +59,14 @@ class Traffic:
         return self.x if self.kernels > 1 else 0
 
     @property
+    def moved_image(self) -> int:
+        """x read, y written; between two kernels relu(concat) both, and x again for the sum."""
+        return 2 * self.x + (2 * self.parked + self.x if self.parked else 0)
+
+    @property
     def moved(self) -> int:
-        """x read, y written, the weights once."""
-        return 2 * self.x + self.weights + 2 * self.parked
+        """With the weights, once."""
+        return self.moved_image + self.weights
 
     @property
     def eager_moved(self) -> int:
@@ -108,18 +113,20 @@ def _launches(case: Case, batch: int) -> int:
     return len(kernel.plan(torch.empty_like(x), x, packed, s, space, arch=ARCH))
 
 
-def on_chip(s: cga.Shape, windows: int) -> dict[str, int]:
-    """Values that eager stores and the kernel does not: DTYPE, the scores float32."""
+def on_chip(s: cga.Shape, windows: int, split: bool) -> dict[str, int]:
+    """Values that eager stores and the kernel does not: DTYPE, the scores float32. The heads' last
+    ones leave the chip where the projection is a kernel of its own.
+    """
     per_head = windows * s.tokens * s.heads  # rows of S tokens
     size = DTYPE.itemsize
-    return {
+    found = {
         "head inputs": per_head * s.dv * size,
         "q, k, v": per_head * (2 * s.dk + s.dv) * size,
         "q after dw": per_head * s.dk * size,
         "scores": per_head * s.tokens * 4,
         "probabilities": per_head * s.tokens * size,
-        "head outputs": per_head * s.dv * size,
     }
+    return found if split else {**found, "head outputs": per_head * s.dv * size}
 
 
 def traffic() -> list[Traffic]:
@@ -129,11 +136,12 @@ def traffic() -> list[Traffic]:
         s, side = case.shape, case.side
         x = side * side * s.C * DTYPE.itemsize
         one, two = _eager(case, 1), _eager(case, 2)
+        kernels = _launches(case, MANY)
         found.append(Traffic(
             shape=s, side=side, x=x,
             weights=cga.cost(s, 1, side, side, DTYPE)[1] - 2 * x,
-            kernels=_launches(case, MANY), kernels_alone=_launches(case, 1),
-            on_chip=on_chip(s, (-(-side // s.window)) ** 2),
+            kernels=kernels, kernels_alone=_launches(case, 1),
+            on_chip=on_chip(s, (-(-side // s.window)) ** 2, split=kernels > 1),
             eager_kernels=one.kernels, eager_read=one.read, eager_written=one.written,
             eager_image=two.read + two.written - one.read - one.written,
         ))  # fmt: skip
@@ -145,7 +153,7 @@ def kib(nbytes: int) -> str:
 
 
 # The picture: one panel per stage, widths and heights in pixels.
-PANEL, GAP, HEIGHT = 330, 20, 590
+PANEL, GAP, HEIGHT = 330, 20, 620
 BOX, ROW = 48, 46
 STEPS = ("in", "q k v", "dw", "q·k+b", "softmax", "· v")
 INK, FAINT, CHIP, MEMORY, FUSED, EAGER = (
@@ -189,51 +197,54 @@ def _head(t: Traffic, i: int, x: float, y: float) -> list[str]:
 def _panel(t: Traffic, number: int, left: float, widest: int) -> list[str]:
     s, side, x = t.shape, t.side, left + 10
     wins = f"{t.windows} windows" if t.windows > 1 else "1 window"
+    title = f"M5, stage {number}: {side}×{side} tokens, C = {s.C}"
     parts = [
-        _text(
-            x, 24, f"M5, stage {number}: {side}×{side} tokens, C = {s.C}", 14, font_weight="bold"
-        ),
+        _text(x, 24, title, 14, font_weight="bold"),
         _text(x, 42, f"{wins} of {s.window}×{s.window}, {s.heads} heads of {s.dv}", 12, FAINT),
-        _box(left, 54, PANEL, 34, MEMORY),
-        _text(x, 75, f"x {kib(t.x)}"),
-        _text(left + PANEL - 10, 75, f"weights {kib(t.weights)}", text_anchor="end"),
+        *_memory(left, 54, f"x {kib(t.x)}", f"weights {kib(t.weights)}"),
         _arrow(left + 60, 88, left + 60, 112),
         _text(left + 68, 104, "read", 11, FAINT),
         _arrow(left + PANEL - 60, 88, left + PANEL - 60, 112),
         _text(left + PANEL - 68, 104, "read", 11, FAINT, text_anchor="end"),
-        _box(left, 114, PANEL, 328, CHIP, FUSED),
+        _box(left, 114, PANEL, 264 if t.parked else 358, CHIP, FUSED),
     ]
     for i in range(s.heads):
         parts += _head(t, i, x, 126 + i * ROW)
-    y = 126 + s.heads * ROW
-    parts += [
-        _box(x, y, PANEL - 20, 24, "#ffffff", FAINT),
-        _text(left + PANEL / 2, y + 16, "relu(concat) · projection + x", 11, text_anchor="middle"),
-    ]
-    stays = list(t.on_chip.items())
-    y = 354
-    parts.append(
-        _text(x, y, f"never in memory: {kib(sum(t.on_chip.values()))}", font_weight="bold")
-    )
-    for n, (name, nbytes) in enumerate(stays):
+    total = f"never in memory: {kib(sum(t.on_chip.values()))}"
+    parts.append(_text(x, 320, total, font_weight="bold"))
+    for n, (name, nbytes) in enumerate(t.on_chip.items()):
         column = x + (n % 2) * 158
-        parts.append(_text(column, y + 20 + n // 2 * 17, f"{name} {kib(nbytes)}", 11, FAINT))
+        parts.append(_text(column, 336 + n // 2 * 15, f"{name} {kib(nbytes)}", 11, FAINT))
+    last = "relu(concat) · projection + x"
     if t.parked:
-        parts.append(_text(x, y + 76, f"written and read: relu(concat) {kib(t.parked)}", 11, FAINT))
+        last = "· projection + x, read again"
+        parts += [
+            *_memory(left, 390, f"relu(concat) {kib(t.parked)}", "written, then read"),
+            _arrow(left + 60, 378, left + 60, 389),
+            _arrow(left + 60, 424, left + 60, 433),
+            _box(left, 434, PANEL, 38, CHIP, FUSED),
+        ]
     parts += [
-        _arrow(left + 60, 442, left + 60, 466),
-        _text(left + 68, 458, "written", 11, FAINT),
-        _box(left, 468, PANEL, 34, MEMORY),
-        _text(x, 489, f"y {kib(t.x)}"),
+        _box(x, 441, PANEL - 20, 24, "#ffffff", FAINT),
+        _text(left + PANEL / 2, 457, last, 11, text_anchor="middle"),
+        _arrow(left + 60, 472, left + 60, 496),
+        _text(left + 68, 488, "written", 11, FAINT),
+        *_memory(left, 498, f"y {kib(t.x)}"),
     ]
     bars = (("fused", t.moved, FUSED), ("eager", t.eager_moved, EAGER))
     kernels = {"fused": t.kernels, "eager": t.eager_kernels}
     for n, (name, nbytes, color) in enumerate(bars):
-        y = 514 + n * 36
+        y = 544 + n * 36
         many = f"{kernels[name]} kernel{'s' if kernels[name] > 1 else ''}"
         parts.append(_text(left, y + 10, f"{name}: {many}, {kib(nbytes)} moved", 12, color))
         parts.append(_box(left, y + 15, PANEL * nbytes / widest, 12, color))
     return parts
+
+
+def _memory(left: float, y: float, one: str, two: str = "") -> list[str]:
+    """A strip of memory that holds one thing or two."""
+    parts = [_box(left, y, PANEL, 34, MEMORY), _text(left + 10, y + 21, one)]
+    return [*parts, _text(left + PANEL - 10, y + 21, two, text_anchor="end")] if two else parts
 
 
 def svg(stages: list[Traffic]) -> str:
@@ -265,7 +276,10 @@ def table(stages: list[Traffic]) -> str:
         "read: weights, once": [kib(t.weights) for t in stages],
         "written: y": [kib(t.x) for t in stages],
         **(
-            {"written and read between kernels": [kib(t.parked) for t in stages]}
+            {
+                "written and read: relu(concat)": [kib(t.parked) for t in stages],
+                "read again: x": [kib(t.x) for t in stages],
+            }
             if any(t.parked for t in stages)
             else {}
         ),
@@ -278,7 +292,7 @@ def table(stages: list[Traffic]) -> str:
         "eager writes": [kib(t.eager_written) for t in stages],
         "**moved, eager**": [f"**{kib(t.eager_moved)}**" for t in stages],
         "each further image: eager over fused": [
-            f"{t.eager_image / (2 * t.x):.1f}×" for t in stages
+            f"{t.eager_image / t.moved_image:.1f}×" for t in stages
         ],
     }
     lines = ["| | stage 1 | stage 2 | stage 3 |", "|---|--:|--:|--:|"]
