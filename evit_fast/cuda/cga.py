@@ -1,0 +1,241 @@
+"""cga in CUDA (csrc/cuda/cga.cuh): weights as its kernels read them, and its launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from evit_fast.cuda.kernels import KINDS, Kernel, Launch, family, refusal
+from evit_fast.fragments import TILE, pack_tiles
+from evit_fast.ops.cga import Shape, Weights
+
+DK = 16  # kCgaKeyDim
+MAX_HEADS = 16  # kCgaHeads
+MAX_DV = 128  # q, k, v and the heads' outputs of a warp stay in registers
+MAX_TOKENS = 196  # of a window: the scores of 16 queries stay in registers
+FEW_WINDOWS = 128  # as many blocks as a V100, A100 or H100 has SMs, or fewer
+FEW_TOKENS = 1024  # 16 blocks of 64
+SHARED_KIB = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block
+
+
+class Packed(NamedTuple):
+    """Per-head arrays lie one behind the other; KS2: the largest ks, squared; SP: S up to 16."""
+
+    qkv: torch.Tensor  # [heads, (2 DK + DV) / 16, DV / 16, 256]
+    qkv_bias: torch.Tensor  # [heads, 2 DK + DV] float32
+    dw: torch.Tensor  # [heads, KS2, DK] float32
+    dw_bias: torch.Tensor  # [heads, DK] float32
+    bias: torch.Tensor  # [heads, SP / 16, SP / 16, 2, 32, 4] float32, in accumulator order
+    proj: torch.Tensor  # [C / 16, C / 16, 256]
+    proj_bias: torch.Tensor  # [C] float32
+
+
+class Config(NamedTuple):
+    """The attention's windows and warps of a block, whether the projection is inside, and blocks
+    for an SM; then the projection's tokens and warps of a block, and blocks for its columns.
+    """
+
+    windows: int
+    warps: int
+    fused: int
+    blocks_per_sm: int
+    tokens: int
+    projection_warps: int
+    split: int
+
+
+# Attention, by (dtype bytes, rows of a window, channels, windows): windows, warps, fused, blocks
+# for an SM. One table for every architecture: what differs between them is the tile. From a model
+# of a V100, registers and shared memory; no card was at hand.
+ATTENTION = {
+    # C <= 96: shared memory and registers hold 4 blocks with the projection inside (on the model
+    # 15.7 k cycles a window of M0's first stage, 2 blocks). float32: no room in 128 registers.
+    (2, "64", "narrow", "few"): (1, 4, 1, 4),
+    (2, "64", "narrow", "many"): (1, 4, 1, 4),
+    (4, "64", "narrow", "few"): (1, 4, 1, 2),
+    (4, "64", "narrow", "many"): (1, 4, 1, 2),
+    # Wide: 24.3 k cycles a window with two blocks of 4 warps on an SM; 8 warps, which then run
+    # alone, 35.4 k, and only 6 % less for one window.
+    (2, "64", "wide", "few"): (1, 4, 0, 2),
+    (2, "64", "wide", "many"): (1, 4, 0, 2),
+    (4, "64", "wide", "few"): (1, 4, 0, 1),
+    (4, "64", "wide", "many"): (1, 4, 0, 1),
+    # 16 rows: four warps share the 16 queries of one window where SMs would stay idle; else four
+    # windows read each weight once. float32: two, shared memory holds no more.
+    (2, "16", "narrow", "few"): (1, 4, 0, 2),
+    (2, "16", "narrow", "many"): (4, 4, 0, 2),
+    (4, "16", "narrow", "few"): (1, 4, 0, 2),
+    (4, "16", "narrow", "many"): (2, 4, 0, 2),
+    (2, "16", "wide", "few"): (1, 4, 0, 2),
+    (2, "16", "wide", "many"): (4, 4, 0, 2),
+    (4, "16", "wide", "few"): (1, 4, 0, 2),
+    (4, "16", "wide", "many"): (2, 4, 0, 2),
+    # More than 64 rows: a warp goes from query tile to query tile.
+    (2, "more", "narrow", "few"): (1, 8, 0, 1),
+    (2, "more", "narrow", "many"): (1, 8, 0, 1),
+    (4, "more", "narrow", "few"): (1, 8, 0, 1),
+    (4, "more", "narrow", "many"): (1, 8, 0, 1),
+    (2, "more", "wide", "few"): (1, 8, 0, 1),
+    (2, "more", "wide", "many"): (1, 8, 0, 1),
+    (4, "more", "wide", "few"): (1, 8, 0, 1),
+    (4, "more", "wide", "many"): (1, 8, 0, 1),
+}
+
+
+def config(s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool) -> Config:
+    """deterministic: the same for every number of images."""
+    windows = B * -(-H // s.window) * -(-W // s.window)
+    rows = "16" if s.tokens <= 16 else "64" if s.tokens <= 64 else "more"
+    many = deterministic or windows > FEW_WINDOWS
+    key = dtype.itemsize, rows, "narrow" if s.C <= 96 else "wide", "many" if many else "few"
+    if deterministic or B * H * W > FEW_TOKENS:
+        tokens, split = 32 if dtype == torch.float32 else 64, 1
+    else:
+        tokens, split = 16, -(-s.C // (4 * TILE))  # a column tile a warp: every SM has work
+    return Config(*ATTENTION[key], tokens, 4, split)
+
+
+def sizes(s: Shape, c: Config, x: int, y: int) -> tuple[int, ...]:
+    """The fields of CgaSizes. x, y: kinds of numbers."""
+    return (s.C, s.heads, s.window, *c, x, y, *s.ks)
+
+
+def shared_bytes(s: Shape, c: Config, family: int) -> int:
+    """Shared memory of an attention block: cga_memory() of csrc/cuda/cga.cuh."""
+
+    def stride(n: int) -> int:
+        if family == 0:
+            return n + 4
+        return n + 8 if family == 70 else n if n % 32 == 16 else n + 16
+
+    number = 2 if family else 4
+    key_tiles = -(-s.tokens // TILE)
+    rows, ks = c.windows * key_tiles * TILE, max(s.ks)
+    numbers = rows * stride(s.dv) + s.dv * stride(rows) + 2 * rows * stride(DK)
+    sharers = max(1, c.warps * TILE // rows)
+    if family == 70 or (family == 0 and sharers > 1):
+        chunk = key_tiles if family == 70 and key_tiles <= 4 else 1
+        numbers += c.warps * TILE * stride(chunk * TILE)
+    floats = c.windows * s.tokens * DK + (ks * ks * DK if family else 0)
+    return number * (numbers + (rows * stride(s.C) if c.fused else 0)) + 4 * floats
+
+
+def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
+    """None, or why the op does not run so."""
+    if why := refusal(dtype, arch):
+        return why
+    if s.dk != DK or s.heads > MAX_HEADS:
+        return (
+            f"cuda: cga has key_dim {DK} and at most {MAX_HEADS} heads, "
+            f"this one key_dim {s.dk} and {s.heads} heads"
+        )
+    if s.dv > MAX_DV:
+        return (
+            f"cuda: cga keeps a head's outputs in registers, at most {MAX_DV} channels a head; "
+            f"C={s.C} with heads={s.heads} has {s.dv}"
+        )
+    if s.tokens > MAX_TOKENS:
+        return (
+            "cuda: cga keeps the scores of 16 queries in registers, windows of at most 14x14; "
+            f"this one is {s.window}x{s.window}"
+        )
+    limit = SHARED_KIB[max(a for a in SHARED_KIB if a <= arch)] * 1024
+    tiles = family(arch, dtype)
+    for windows in (1, FEW_WINDOWS + 1):
+        c = config(s, dtype, windows, s.window, s.window, False)
+        if (wanted := shared_bytes(s, c, tiles)) > limit:
+            return (
+                f"cuda: cga with C={s.C}, heads={s.heads} and window={s.window} needs {wanted} "
+                f"bytes of shared memory in {str(dtype)[6:]}, sm_{arch} has {limit}"
+            )
+    return None
+
+
+def prepare(w: Weights, s: Shape, dtype: torch.dtype, family: int) -> Packed:
+    """The natural weights in the kernels' layout, on w's device."""
+    most = max(s.ks) ** 2
+    taps = [F.pad(d.float().flatten(1).T, (0, 0, 0, most - d[0].numel())) for d in w.dw]
+    return Packed(
+        qkv=torch.stack([pack_tiles(m.to(dtype), family, "a") for m in w.qkv]),
+        qkv_bias=torch.stack([b.float() for b in w.qkv_bias]),
+        dw=torch.stack(taps).contiguous(),
+        dw_bias=torch.stack([b.float() for b in w.dw_bias]),
+        bias=torch.stack([_accumulators(b.float(), family) for b in w.bias]),
+        proj=pack_tiles(w.proj.to(dtype), family, "b"),
+        proj_bias=w.proj_bias.float().contiguous(),
+    )
+
+
+def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
+    """Bytes of relu(concat), a multiple of 256."""
+    if config(s, dtype, B, H, W, False).fused and config(s, dtype, B, H, W, True).fused:
+        return 0
+    return -(-B * H * W * s.C * dtype.itemsize // 256) * 256
+
+
+def plan(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    w: Packed,
+    s: Shape,
+    space: torch.Tensor | None,
+    *,
+    arch: int,
+    deterministic: bool = False,
+) -> list[Launch]:
+    """x, y [B, H, W, C] contiguous, float32, float16 or bfloat16; space: scratch() bytes."""
+    B, H, W, _ = x.shape
+    if x.numel() == 0:
+        return []
+    dtype = w.qkv.dtype
+    tiles = family(arch, dtype)
+    c = config(s, dtype, B, H, W, deterministic)
+    x_kind, y_kind = KINDS[x.dtype], KINDS[y.dtype]
+    if c.fused:
+        whole = Kernel("cga", "attention", sizes(s, c, x_kind, y_kind), dtype, tiles)
+        return [Launch(whole, (y, x, *w, B, H, W), B, H, W)]
+    # Neither kernel depends on the other's half of the config.
+    apart = c._replace(tokens=64, split=1)
+    attention = Kernel("cga", "attention", sizes(s, apart, x_kind, KINDS[dtype]), dtype, tiles)
+    apart = Config(*ATTENTION[dtype.itemsize, "64", "wide", "many"], *c[4:])
+    projection = Kernel("cga", "projection", sizes(s, apart, x_kind, y_kind), dtype, tiles)
+    return [
+        Launch(attention, (space, x, *w, B, H, W), B, H, W),
+        Launch(projection, (y, space, x, w.proj, w.proj_bias, B * H * W), B, H, W),
+    ]
+
+
+def _accumulators(bias: torch.Tensor, family: int) -> torch.Tensor:
+    """[S, S] -> [SP / 16, SP / 16, 2, 32, 4]: what each lane of a score tile starts from.
+
+    Columns past S are -inf: their probability is 0. Rows past S are never stored.
+    """
+    more = -bias.shape[0] % TILE
+    padded = F.pad(F.pad(bias, (0, more), value=float("-inf")), (0, 0, 0, more))
+    tiles = len(padded) // TILE
+    padded = padded.reshape(tiles, TILE, tiles, TILE).transpose(1, 2)
+    rows, columns = _places(family)
+    return padded[:, :, rows, columns].contiguous()
+
+
+def _places(family: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the numbers of an accumulator, by (element / 4, lane, element % 4).
+
+    row(), column() and at() of csrc/cuda/tile_*.cuh.
+    """
+    part, lane, i = torch.meshgrid(
+        torch.arange(2), torch.arange(32), torch.arange(4), indexing="ij"
+    )
+    if family == 0:
+        half, j = part, i
+    else:
+        half, j = i >> 1, (i & 1) + part * 2
+    if family == 70:
+        row = (lane & 1) + half * 2 + (lane >> 2 & 1) * 4 + (lane >> 4) * 8
+        column = (lane >> 1 & 1) * 4 + (lane >> 3 & 1) * 8
+    else:
+        row = (lane >> 2) + half * 8
+        column = (lane & 3) * 4
+    return row, column + j
