@@ -191,12 +191,13 @@ def depthwise(q, taps_ptr, bias_ptr, ks, offs_s, WIN: tl.constexpr):
     for dy in range(-half, half + 1):
         inside_y = (row < WIN) & (row + dy >= 0) & (row + dy < WIN)
         for dx in range(-half, half + 1):
-            inside = inside_y & (column + dx >= 0) & (column + dx < WIN)
-            source = tl.where(inside, offs_r + dy * WIN + dx, offs_r)[:, None]
+            inside = (inside_y & (column + dx >= 0) & (column + dx < WIN))[:, None]
+            source = tl.where(inside, offs_r[:, None] + dy * WIN + dx, offs_r[:, None])
             shifted = tl.gather(pairs, tl.broadcast_to(source, (R, PAIRS)), 0)
-            even, odd = unpack_pairs(tl.where(inside[:, None], shifted, 0), q.dtype)
-            acc_even += even * tl.load(taps_ptr + offs_p)[None, :]
-            acc_odd += odd * tl.load(taps_ptr + offs_p + 1)[None, :]
+            even, odd = unpack_pairs(shifted, q.dtype)
+            even = acc_even + even * tl.load(taps_ptr + offs_p)[None, :]
+            odd = acc_odd + odd * tl.load(taps_ptr + offs_p + 1)[None, :]
+            acc_even, acc_odd = tl.where(inside, even, acc_even), tl.where(inside, odd, acc_odd)
             taps_ptr += q.shape[1]
     return tl.reshape(tl.join(acc_even, acc_odd), (R, 2 * PAIRS))
 
