@@ -182,7 +182,7 @@ def _walk(args: argparse.Namespace, plan: Any, store: Any) -> tuple[int, int]:
 
 
 def _why(record: Any) -> str:
-    if record.error != "":
+    if record.error != "" and not record.error <= record.bound:
         return f"off by {record.error:.2e}, {record.bound:.0e} is allowed; {record.note}"
     return record.note or "no"
 

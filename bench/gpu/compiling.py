@@ -14,7 +14,7 @@ from evit_fast.bench.cases import cases
 from evit_fast.bench.gpu.card import DTYPES, here
 from evit_fast.bench.gpu.subjects import OneOp, Plan, tokens
 
-BATCHES = (1, 64)  # of a few and of many tiles: each has its own row of the tables
+BATCHES = (1, 256)  # of a few and of many tiles: each has its own row of the tables
 
 
 def compile_ops(plan: Plan, jobs: int) -> str:

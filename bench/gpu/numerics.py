@@ -5,7 +5,8 @@ The float64 side runs on the CPU, so that one fault of a card cannot be on both 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from evit_fast.ops import OPS
 from evit_fast.program import map_arrays
 
 BATCH = 2
+MANY = 256  # images: the tiles of a large batch are others
 RAGGED = ((13, 9), (1, 1))  # tokens
 RAGGED_IMAGES = ((75, 50), (1, 1))
 RAGGED_SMALL = ((8, 5), (1, 1))
@@ -52,7 +54,7 @@ def maps(plan: Plan, case: Case) -> tuple[tuple[int, int], ...]:
 
 
 def check_op(plan: Plan, case: Case, dtype: str) -> list[Record]:
-    """One record per column: the worst of all maps, batch 1 and 2; and one for NaN."""
+    """Records per column: the worst of all maps at batch 1 and 2; a large batch; NaN."""
     op, s, kind = OPS[case.op], case.shape, DTYPES[dtype]
     program = OneOp(case, kind, plan.card)
     weights = map_arrays(case.weights, lambda a: torch.from_numpy(a.copy()))
@@ -68,32 +70,61 @@ def check_op(plan: Plan, case: Case, dtype: str) -> list[Record]:
             both, alone = program(x, column), program(x[:1], column)
             verdicts.append((judge(both, want, kind, plain), f"{BATCH}x{H}x{W}"))
             verdicts.append((judge(alone, want[:1], kind, plain[:1]), f"1x{H}x{W}"))
+    many, nan = _many(plan, case, program, weights, rounded), _nan(plan, case, rounded, kind)
     records = []
     for column, verdicts in found.items():
-        worst, shape = max(verdicts, key=lambda pair: max(pair[0].error, pair[0].worst / 20) /
-                           pair[0].bound)  # fmt: skip
-        common = dict(part="numerics", item=case.op, case=case.name, dtype=dtype, column=column)
+        worst, shape = max(verdicts, key=lambda pair: pair[0].share)
+        common = dict(
+            part="numerics", item=case.op, case=case.name, dtype=dtype, column=column,
+            shape=f"{case.side}: {s.line(dtype=kind)}",
+        )  # fmt: skip
         records.append(Record(
-            **common, check="float64", shape=f"{case.side}: {s.line(dtype=kind)}",
-            passed=all(verdict.passed for verdict, _ in verdicts),
+            **common, check="float64", passed=all(verdict.passed for verdict, _ in verdicts),
             error=worst.error, bound=worst.bound,
             note=f"worst of {len(verdicts)} maps and batches: {shape}",
         ))  # fmt: skip
+        verdict, same = many(column)
         records.append(Record(
-            **common, check="NaN where the reference has it", passed=same_nan(plan, case, program,
-            rounded, column, kind),
+            **common, check="float64, large batch", passed=verdict.passed and same,
+            error=verdict.error, bound=verdict.bound,
+            note="" if same else "copies of an image have different bits",
         ))  # fmt: skip
+        x, where = nan
+        same = torch.equal(program(x, column).isnan(), where)
+        records.append(Record(**common, check="NaN where the reference has it", passed=same))
     return records
 
 
-def same_nan(plan: Plan, case: Case, program: OneOp, rounded, column: str, kind) -> bool:
-    """One NaN among the tokens of the first image; the second image stays clean."""
+def _many(
+    plan: Plan, case: Case, program: OneOp, weights: Any, rounded: Any
+) -> Callable[[str], tuple[Verdict, bool]]:
+    """column -> (two images of a large batch against float64, the others are copies to the bit)."""
+    dry = plan.card.dry_run
+    H, W = maps(plan, case)[-1 if dry else 0]
+    pair, times = tokens(case, 2, H, W, program.dtype), 2 if dry else MANY // 2
+    op, x = OPS[case.op], pair.to(plan.card.device)
+    want = op.reference(pair.double(), weights, case.shape)
+    with torch.inference_mode():
+        plain = op.reference(x, rounded, case.shape)
+    x = x.repeat(times, *[1] * (x.dim() - 1))
+
+    def check(column: str) -> tuple[Verdict, bool]:
+        y = program(x, column)
+        same = torch.equal(y, y[:2].repeat(times, *[1] * (y.dim() - 1)))
+        return judge(y[:2], want, program.dtype, plain), same
+
+    return check
+
+
+def _nan(
+    plan: Plan, case: Case, rounded: Any, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images with one NaN in the first, and where the result has NaN: not in the second."""
     H, W = maps(plan, case)[-2]
-    x = tokens(case, BATCH, H, W, kind).to(plan.card.device)
+    x = tokens(case, BATCH, H, W, dtype).to(plan.card.device)
     x[(0, 0, H // 2, W // 2) if case.op == "stem" else (0, H // 2, W // 2, 0)] = float("nan")
     with torch.inference_mode():
-        plain = OPS[case.op].reference(x, rounded, case.shape)
-    return torch.equal(program(x, column).isnan(), plain.isnan())
+        return x, OPS[case.op].reference(x, rounded, case.shape).isnan()
 
 
 def check_model(plan: Plan, model: str, dtype: str) -> list[Record]:

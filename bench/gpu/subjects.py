@@ -79,6 +79,7 @@ class OneOp:
     """A program of one line in a column, its weights on the card."""
 
     def __init__(self, case: Case, dtype: torch.dtype, card: Card) -> None:
+        self.dtype = dtype
         self.line = case.shape.line(dtype=dtype)
         self.blob = torch.zeros(_native.op_bytes(self.line), dtype=torch.uint8)
         pack(self.line, case.weights, self.blob)
@@ -141,6 +142,11 @@ class Verdict(NamedTuple):
     error: float
     worst: float
     bound: float
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed."""
+        return max(self.error, self.worst / 20) / self.bound
 
     @property
     def passed(self) -> bool:
