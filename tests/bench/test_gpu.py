@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from evit_fast.bench.gpu import __main__ as gpu
-from evit_fast.bench.gpu import bench, card, numerics, repeats, subjects, summary
+from evit_fast.bench.gpu import bench, card, numerics, repeats, results, subjects, summary
 from evit_fast.bench.gpu.card import Card, Ceilings, timing
 from evit_fast.bench.gpu.results import WARNING, Record, Store
 from evit_fast.kernels import picture
@@ -36,7 +36,13 @@ def run(tmp_path, *argv: str) -> int:
 
 
 @pytest.fixture
-def reference(monkeypatch):
+def stamp(monkeypatch):
+    """Whoever edits the sources meanwhile: two runs are of the same."""
+    monkeypatch.setattr(Card, "stamp", lambda self: STAMP)
+
+
+@pytest.fixture
+def reference(monkeypatch, stamp):
     """The reference column in the place of the kernels, which take Triton's interpreter."""
     monkeypatch.setattr(subjects, "COLUMNS", ("reference",))
 
@@ -82,7 +88,7 @@ class _Cuda:
 
 
 @pytest.fixture
-def pretended_card(monkeypatch):
+def pretended_card(monkeypatch, stamp):
     """The script believes in a card; ops run in the native CPU column, in float32."""
     made = subjects.fused
     without = lambda *args, graphs=None, **options: made(*args, **options)  # noqa: E731
@@ -347,6 +353,16 @@ def test_summary_takes_the_best_peer(tmp_path) -> None:
     assert "| numerics | triton | float16 | 1 of 1 | 0.25 |" in text
     assert "| cga | M5.1 | triton | 12.00 | 100 | 50 | 42% of L2 |" in text
     assert WARNING not in text
+
+
+def test_the_stamp_changes_with_the_sources(tmp_path, monkeypatch) -> None:
+    found = Card("a card", 90, False).stamp()
+    assert set(STAMP) <= set(found) and found["sources"] == results.source_hash()
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(results, "kernels", package)
+    before = results.source_hash()
+    (tmp_path / "cga.py").write_text("FEW = 64\n")
+    assert len({found["sources"], before, results.source_hash()}) == 3
 
 
 def test_ratios_are_of_the_same_round() -> None:
