@@ -146,6 +146,7 @@ struct CgaKernel {
   static constexpr int kStrideInput = cga_stride(kFamily, DV), kStrideV = cga_stride(kFamily, kR);
   static constexpr int kStrideQ = cga_stride(kFamily, DK), kStrideC = cga_stride(kFamily, S.C);
   static constexpr int kChunk = cga_chunk(S, kFamily), kStrideP = cga_stride(kFamily, kChunk * 16);
+  static constexpr bool kStoreOnce = !Tile::kAccumulatorIsOperand && kChunk == kKeyTiles;
   static constexpr int kTaps = cga_largest_ks(S) * cga_largest_ks(S) * DK;  // of a head
   static constexpr bool kStageTaps = kFamily != 0;
 
@@ -156,8 +157,10 @@ struct CgaKernel {
   // Attention: kSharers warps for 16 queries.
   static constexpr int kSharers = cga_sharers(S), kQueryStep = S.warps / kSharers;
   static constexpr int kShare = (kValueTiles + kSharers - 1) / kSharers;
-  // Many keys leave few registers for sums.
-  static constexpr int kSums = kKeyTiles > 4 && kShare > 4 ? 4 : kShare;
+  // Tiles of output that a warp sums at once. Many keys leave few registers for them; so does sm_70
+  // with the registers of its operands: 6 tiles spill (M5's second stage), 3 take 242 of 255.
+  static constexpr int kMostSums = kFamily == 70 ? 3 : kKeyTiles > 4 ? 4 : kShare;
+  static constexpr int kSums = kShare < kMostSums ? kShare : kMostSums;
   static_assert(kGroup * kRowTiles <= 10 && kKeyTiles <= 13, "more than the registers hold");
 
   EVIT_DEVICE static void attention(const Args& p) {
@@ -449,9 +452,9 @@ struct CgaKernel {
     }
     float inverse[2];
     softmax(scores, inverse);
+    if constexpr (kStoreOnce) store_probabilities(scores, probabilities(m));
     for (int n0 = warp_id() % kSharers; n0 < kValueTiles; n0 += kSums * kSharers) {
-      Accumulator sum[kSums];
-      times_v(scores, first_key, n0, sum, h, p, m, inverse);
+      times_v(p, h, m, n0, scores, inverse);
     }
   }
 
@@ -502,9 +505,10 @@ struct CgaKernel {
   }
 
   // Columns n0, n0 + kSharers, .. of P V: stores them as output and as the next head's input.
-  EVIT_DEVICE static void times_v(const Accumulator (&scores)[kKeyTiles], int first_key, int n0,
-                                  Accumulator (&sum)[kSums], int h, const Args& p, int m,
+  EVIT_DEVICE static void times_v(const Args& p, int h, int m, int n0,
+                                  const Accumulator (&scores)[kKeyTiles],
                                   const float (&inverse)[2]) {
+    const int first_key = window_of(m * 16) * kSP;
     const auto column_of = [&](int j) { return (n0 + j * kSharers) * 16; };
     i64 token[2];
     typename Four::Raw next[kSums][2];  // of x: asked for before the products, used after them
@@ -520,19 +524,17 @@ struct CgaKernel {
                                                         column_of(j) + Tile::column());
       }
     }
+    Accumulator sum[kSums];
     EVIT_UNROLL
     for (Accumulator& s : sum) {
       EVIT_UNROLL
       for (float& d : s.d) d = 0.0f;
     }
-    T* s_p = shared(kMemory.p) + warp_id() * 16 * kStrideP;
-    if (kMemory.p == kMemory.q) s_p = shared(kMemory.q) + m * 16 * kStrideQ;
+    T* s_p = probabilities(m);
     EVIT_UNROLL
     for (int j0 = 0; j0 < kKeyTiles; j0 += kChunk) {
-      if constexpr (!Tile::kAccumulatorIsOperand) {
-        sync_warp();  // what lay there has been read
+      if constexpr (!Tile::kAccumulatorIsOperand && !kStoreOnce) {
         store_probabilities(scores + j0, s_p);
-        sync_warp();
       }
       EVIT_UNROLL
       for (int k = j0; k < j0 + kChunk; k++) {
@@ -579,7 +581,14 @@ struct CgaKernel {
     }
   }
 
+  // Where a warp's probabilities lie, for row tile m.
+  EVIT_DEVICE static T* probabilities(int m) {
+    if (kMemory.p == kMemory.q) return shared(kMemory.q) + m * 16 * kStrideQ;
+    return shared(kMemory.p) + warp_id() * 16 * kStrideP;
+  }
+
   EVIT_DEVICE static void store_probabilities(const Accumulator* scores, T* s_p) {
+    sync_warp();  // what lay there has been read
     EVIT_UNROLL
     for (int j = 0; j < kChunk; j++) {
       EVIT_UNROLL
@@ -590,6 +599,7 @@ struct CgaKernel {
         store_4(s_p + Tile::row(half) * kStrideP + j * 16 + Tile::column(), value);
       }
     }
+    sync_warp();
   }
 
   EVIT_DEVICE static void project(const Args& p) {

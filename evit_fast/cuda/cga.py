@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from evit_fast.cuda.kernels import KINDS, Kernel, Launch, family, refusal
+from evit_fast.cuda.kernels import KINDS, MIN_ARCH_BFLOAT16, Kernel, Launch, family, refusal
 from evit_fast.fragments import TILE, pack_tiles
 from evit_fast.ops.cga import Shape, Weights
 
@@ -32,77 +32,85 @@ class Packed(NamedTuple):
     proj_bias: torch.Tensor  # [C] float32
 
 
-class Config(NamedTuple):
-    """The attention's windows and warps of a block, whether the projection is inside, and blocks
-    for an SM; then the projection's tokens and warps of a block, and blocks for its columns.
-    """
+class Attention(NamedTuple):
+    """Windows and warps of a block, whether the projection is inside, and how many blocks the
+    compiler keeps registers free for on an SM."""
 
     windows: int
     warps: int
     fused: int
     blocks_per_sm: int
+
+
+class Projection(NamedTuple):
+    """Tokens and warps of a block, and blocks that share the columns."""
+
     tokens: int
-    projection_warps: int
+    warps: int
     split: int
 
 
-# Attention, by (dtype bytes, rows of a window, channels, windows): windows, warps, fused, blocks
-# for an SM. One table for every architecture: what differs between them is the tile. From a model
-# of a V100, registers and shared memory; no card was at hand.
+def _always(*row: int) -> tuple[Attention, Attention]:
+    return Attention(*row), Attention(*row)
+
+
+# By (tile family, rows of a window, channels): the row for few windows and the one for many. From a
+# model of a V100, registers and shared memory; no card was at hand. Reasons by shape class:
+#   64, narrow  C <= 96: two blocks fit on an SM with the projection inside (on the model 15.7 k
+#               cycles a window of M0's first stage).
+#   64, wide    the projection apart: 24.3 + 14.4 k cycles a window of M5's second stage, against
+#               54.5 k inside. Two blocks of 4 warps; 8 warps run alone (35.4 + 14.4 k) and take
+#               only 6 % less for one window.
+#   16          few: four warps share the 16 queries of a window, else SMs stay idle. many: four
+#               windows read a weight once.
+#   more        a warp goes from query tile to query tile.
 ATTENTION = {
-    # C <= 96: shared memory and registers hold 4 blocks with the projection inside (on the model
-    # 15.7 k cycles a window of M0's first stage, 2 blocks). float32: no room in 128 registers.
-    (2, "64", "narrow", "few"): (1, 4, 1, 4),
-    (2, "64", "narrow", "many"): (1, 4, 1, 4),
-    (4, "64", "narrow", "few"): (1, 4, 1, 2),
-    (4, "64", "narrow", "many"): (1, 4, 1, 2),
-    # Wide: 24.3 k cycles a window with two blocks of 4 warps on an SM; 8 warps, which then run
-    # alone, 35.4 k, and only 6 % less for one window.
-    (2, "64", "wide", "few"): (1, 4, 0, 2),
-    (2, "64", "wide", "many"): (1, 4, 0, 2),
-    (4, "64", "wide", "few"): (1, 4, 0, 1),
-    (4, "64", "wide", "many"): (1, 4, 0, 1),
-    # 16 rows: four warps share the 16 queries of one window where SMs would stay idle; else four
-    # windows read each weight once. float32: two, shared memory holds no more.
-    (2, "16", "narrow", "few"): (1, 4, 0, 2),
-    (2, "16", "narrow", "many"): (4, 4, 0, 2),
-    (4, "16", "narrow", "few"): (1, 4, 0, 2),
-    (4, "16", "narrow", "many"): (2, 4, 0, 2),
-    (2, "16", "wide", "few"): (1, 4, 0, 2),
-    (2, "16", "wide", "many"): (4, 4, 0, 2),
-    (4, "16", "wide", "few"): (1, 4, 0, 2),
-    (4, "16", "wide", "many"): (2, 4, 0, 2),
-    # More than 64 rows: a warp goes from query tile to query tile.
-    (2, "more", "narrow", "few"): (1, 8, 0, 1),
-    (2, "more", "narrow", "many"): (1, 8, 0, 1),
-    (4, "more", "narrow", "few"): (1, 8, 0, 1),
-    (4, "more", "narrow", "many"): (1, 8, 0, 1),
-    (2, "more", "wide", "few"): (1, 8, 0, 1),
-    (2, "more", "wide", "many"): (1, 8, 0, 1),
-    (4, "more", "wide", "few"): (1, 8, 0, 1),
-    (4, "more", "wide", "many"): (1, 8, 0, 1),
+    (70, "64", "narrow"): _always(1, 4, 1, 2),
+    (70, "64", "wide"): _always(1, 4, 0, 2),
+    (70, "16", "narrow"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (70, "16", "wide"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (70, "more", "narrow"): _always(1, 8, 0, 1),
+    (70, "more", "wide"): _always(1, 8, 0, 1),
+    (75, "64", "narrow"): _always(1, 4, 1, 2),
+    (75, "64", "wide"): _always(1, 4, 0, 2),
+    (75, "16", "narrow"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (75, "16", "wide"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (75, "more", "narrow"): _always(1, 8, 0, 1),
+    (75, "more", "wide"): _always(1, 8, 0, 1),
+    (80, "64", "narrow"): _always(1, 4, 1, 4),  # 24 KiB and 128 registers: four blocks
+    (80, "64", "wide"): _always(1, 4, 0, 2),
+    (80, "16", "narrow"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (80, "16", "wide"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
+    (80, "more", "narrow"): _always(1, 8, 0, 1),
+    (80, "more", "wide"): _always(1, 8, 0, 1),
+    (0, "64", "narrow"): _always(1, 4, 1, 2),
+    (0, "64", "wide"): _always(1, 4, 0, 1),
+    (0, "16", "narrow"): (Attention(1, 4, 0, 2), Attention(2, 4, 0, 2)),  # two: 4 KiB a row
+    (0, "16", "wide"): (Attention(1, 4, 0, 2), Attention(2, 4, 0, 2)),
+    (0, "more", "narrow"): _always(1, 8, 0, 1),
+    (0, "more", "wide"): _always(1, 8, 0, 1),
 }
 
 
-def config(s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool) -> Config:
-    """deterministic: the same for every number of images."""
-    windows = B * -(-H // s.window) * -(-W // s.window)
+def attention_config(s: Shape, tiles: int, windows: int, deterministic: bool) -> Attention:
+    """tiles: family; deterministic: the same for every number of windows."""
     rows = "16" if s.tokens <= 16 else "64" if s.tokens <= 64 else "more"
-    many = deterministic or windows > FEW_WINDOWS
-    key = dtype.itemsize, rows, "narrow" if s.C <= 96 else "wide", "many" if many else "few"
-    if deterministic or B * H * W > FEW_TOKENS:
-        tokens, split = 32 if dtype == torch.float32 else 64, 1
-    else:
-        tokens, split = 16, -(-s.C // (4 * TILE))  # a column tile a warp: every SM has work
-    return Config(*ATTENTION[key], tokens, 4, split)
+    few, many = ATTENTION[tiles, rows, "narrow" if s.C <= 96 else "wide"]
+    return few if windows <= FEW_WINDOWS and not deterministic else many
 
 
-def sizes(s: Shape, c: Config, x: int, y: int) -> tuple[int, ...]:
+def projection_config(s: Shape, tiles: int, tokens: int, deterministic: bool) -> Projection:
+    if tokens <= FEW_TOKENS and not deterministic:
+        return Projection(16, 4, -(-s.C // (4 * TILE)))  # a column tile a warp: more SMs have work
+    return Projection(32 if tiles == 0 else 64, 4, 1)
+
+
+def sizes(s: Shape, a: Attention, p: Projection, x: int, y: int) -> tuple[int, ...]:
     """The fields of CgaSizes. x, y: kinds of numbers."""
-    return (s.C, s.heads, s.window, *c, x, y, *s.ks)
+    return (s.C, s.heads, s.window, *a, *p, x, y, *s.ks)
 
 
-def shared_bytes(s: Shape, c: Config, family: int) -> int:
+def shared_bytes(s: Shape, c: Attention, family: int) -> int:
     """Shared memory of an attention block: cga_memory() of csrc/cuda/cga.cuh."""
 
     def stride(n: int) -> int:
@@ -144,7 +152,7 @@ def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
     limit = SHARED_KIB[max(a for a in SHARED_KIB if a <= arch)] * 1024
     tiles = family(arch, dtype)
     for windows in (1, FEW_WINDOWS + 1):
-        c = config(s, dtype, windows, s.window, s.window, False)
+        c = attention_config(s, tiles, windows, False)
         if (wanted := shared_bytes(s, c, tiles)) > limit:
             return (
                 f"cuda: cga with C={s.C}, heads={s.heads} and window={s.window} needs {wanted} "
@@ -169,8 +177,8 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype, family: int) -> Packed:
 
 
 def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
-    """Bytes of relu(concat), a multiple of 256."""
-    if config(s, dtype, B, H, W, False).fused and config(s, dtype, B, H, W, True).fused:
+    """Bytes of relu(concat), a multiple of 256. Whether the projection is inside depends on s."""
+    if attention_config(s, family(MIN_ARCH_BFLOAT16, dtype), 1, True).fused:
         return 0
     return -(-B * H * W * s.C * dtype.itemsize // 256) * 256
 
@@ -191,16 +199,18 @@ def plan(
         return []
     dtype = w.qkv.dtype
     tiles = family(arch, dtype)
-    c = config(s, dtype, B, H, W, deterministic)
+    windows = B * -(-H // s.window) * -(-W // s.window)
+    a = attention_config(s, tiles, windows, deterministic)
+    p = projection_config(s, tiles, B * H * W, deterministic)
     x_kind, y_kind = KINDS[x.dtype], KINDS[y.dtype]
-    if c.fused:
-        whole = Kernel("cga", "attention", sizes(s, c, x_kind, y_kind), dtype, tiles)
+    # A kernel's sizes hold no config but its own, so that both halves are compiled once each.
+    nothing, one = Projection(16, 1, 1), Attention(1, 4, 0, 1)
+    if a.fused:
+        whole = Kernel("cga", "attention", sizes(s, a, nothing, x_kind, y_kind), dtype, tiles)
         return [Launch(whole, (y, x, *w, B, H, W), B, H, W)]
-    # Neither kernel depends on the other's half of the config.
-    apart = c._replace(tokens=64, split=1)
-    attention = Kernel("cga", "attention", sizes(s, apart, x_kind, KINDS[dtype]), dtype, tiles)
-    apart = Config(*ATTENTION[dtype.itemsize, "64", "wide", "many"], *c[4:])
-    projection = Kernel("cga", "projection", sizes(s, apart, x_kind, y_kind), dtype, tiles)
+    numbers = sizes(s, a, nothing, x_kind, KINDS[dtype])
+    attention = Kernel("cga", "attention", numbers, dtype, tiles)
+    projection = Kernel("cga", "projection", sizes(s, one, p, x_kind, y_kind), dtype, tiles)
     return [
         Launch(attention, (space, x, *w, B, H, W), B, H, W),
         Launch(projection, (y, space, x, w.proj, w.proj_bias, B * H * W), B, H, W),
