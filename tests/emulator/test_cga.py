@@ -1,0 +1,219 @@
+"""cga's CUDA kernels on the emulator, against the float64 reference."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from evit_fast.cuda import cga as cuda
+from evit_fast.cuda.kernels import KINDS, family
+from evit_fast.ops import cga
+from evit_fast.program import map_arrays
+from tests.close import assert_close, budget, relative_error
+from tests.emulator.building import ORDERS, emulate, library
+from tests.ops.eager import Case, cases
+from tests.ops.test_cga import random_weights
+
+CANARY = 77
+EDGE = 64  # elements on either side of a buffer
+
+TARGETS = {
+    "sm_70-f16": (70, torch.float16),
+    "sm_80-f16": (80, torch.float16),
+    "sm_75-f16": (75, torch.float16),
+    "sm_80-bf16": (80, torch.bfloat16),
+    "f32": (70, torch.float32),
+}
+USUAL = ("sm_70-f16", "sm_80-f16")  # of `make test`; the others are marked full
+MODELS = ("M0.0", "M0.2", "M5.1")
+TINY = cga.Shape(32, 2, 16, 3, (3, 1))  # 9 tokens a window: compiles fast
+
+
+class Run(NamedTuple):
+    y: Tensor
+    want: Tensor
+    eager_error: float
+
+
+def guarded(count: int, dtype: torch.dtype, fill: float) -> tuple[Tensor, Tensor]:
+    """(`count` elements full of `fill`, the same with canaries on both sides)."""
+    whole = torch.full((count + 2 * EDGE,), CANARY, dtype=dtype)
+    inside = whole[EDGE : EDGE + count]
+    inside.fill_(fill)
+    return inside, whole
+
+
+def run(
+    s: cga.Shape,
+    w: cga.Weights,
+    x: Tensor,
+    arch: int,
+    dtype: torch.dtype,
+    *,
+    order: str = "ascending",
+    deterministic: bool = False,
+    y_dtype: torch.dtype | None = None,
+) -> Run:
+    """x in its own dtype; y and scratch poisoned with NaN, canaries on both sides."""
+    B, H, W, _ = x.shape
+    assert cuda.supports(s, dtype, arch) is None
+    packed = cuda.prepare(w, s, dtype, family(arch, dtype))
+    y, y_whole = guarded(x.numel(), y_dtype or x.dtype, float("nan"))
+    space, space_whole = guarded(cuda.scratch(s, dtype, B, H, W), torch.uint8, 255)
+    y = y.view(x.shape)
+    launches = cuda.plan(y, x, packed, s, space, arch=arch, deterministic=deterministic)
+    emulate(launches, order, seed=1)
+    for whole in (y_whole, space_whole):
+        assert (whole[:EDGE] == CANARY).all() and (whole[-EDGE:] == CANARY).all(), "out of bounds"
+    want = cga.reference(x.double(), w, s)
+    in_dtype = cga.reference(x.to(dtype), map_arrays(w, lambda a: a.to(dtype)), s)
+    return Run(y, want, relative_error(in_dtype, want))
+
+
+def check(r: Run, dtype: torch.dtype) -> None:
+    assert_close(r.y, r.want, budget(dtype, r.eager_error), "cga")
+
+
+def targets(usual: tuple[str, ...] = USUAL) -> list:
+    return [
+        pytest.param(*target, id=name, marks=() if name in usual else pytest.mark.full)
+        for name, target in TARGETS.items()
+    ]
+
+
+def model_cases() -> list:
+    return [
+        pytest.param(case, id=case.name, marks=() if case.name in MODELS else pytest.mark.full)
+        for case in cases("cga")
+    ]
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets())
+@pytest.mark.parametrize("case", model_cases())
+def test_equals_reference(case: Case, arch: int, dtype: torch.dtype):
+    x = torch.randn(1, case.side, case.side, case.shape.C).to(dtype)
+    check(run(case.shape, case.weights, x, arch, dtype), dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("arch", "dtype"), targets(tuple(TARGETS)))
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("size", [(7, 7), (5, 9), (1, 1)], ids=lambda v: "{}x{}".format(*v))
+def test_ragged_maps(size: tuple[int, int], B: int, arch: int, dtype: torch.dtype, order: str):
+    w = random_weights(TINY)
+    check(run(TINY, w, torch.randn(B, *size, TINY.C).to(dtype), arch, dtype, order=order), dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("arch", "dtype"), targets())
+@pytest.mark.parametrize("window", [4, 7])
+def test_orders_of_a_wide_window(window: int, arch: int, dtype: torch.dtype, order: str):
+    s = cga.Shape(128, 2, 16, window, (7, 3))
+    w = random_weights(s)
+    check(run(s, w, torch.randn(1, 5, 9, s.C).to(dtype), arch, dtype, order=order), dtype)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets(("sm_70-f16",)))
+@pytest.mark.parametrize("window", [9, 14])
+def test_more_than_64_tokens(window: int, arch: int, dtype: torch.dtype):
+    s = cga.Shape(32, 2, 16, window, (5, 3))
+    check(run(s, random_weights(s), torch.randn(1, 8, 17, s.C).to(dtype), arch, dtype), dtype)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets(("sm_80-f16",)))
+@pytest.mark.parametrize("shape", [TINY, cga.Shape(128, 2, 16, 4, (5, 3))], ids=str)
+def test_same_bits_for_every_batch(shape: cga.Shape, arch: int, dtype: torch.dtype):
+    w, x = random_weights(shape), torch.randn(5, 4, 6, shape.C).to(dtype)
+    whole = run(shape, w, x, arch, dtype, deterministic=True)
+    check(whole, dtype)
+    for B in (1, 3):
+        assert torch.equal(run(shape, w, x[:B], arch, dtype, deterministic=True).y, whole.y[:B])
+    # Configs differ in who sums, never in the order of a sum.
+    assert torch.equal(run(shape, w, x, arch, dtype).y, whole.y)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets(("sm_80-f16",)))
+@pytest.mark.parametrize("fused", [True, False], ids=["inside", "apart"])
+def test_any_kind_in_and_out(fused: bool, arch: int, dtype: torch.dtype):
+    s = TINY if not fused else cga.Shape(32, 2, 16, 5, (3, 1))
+    assert (cuda.scratch(s, dtype, 1, 5, 5) == 0) == fused
+    w, x = random_weights(s), torch.randn(1, 5, 6, s.C)
+    for x_dtype, y_dtype in ((torch.float32, dtype), (dtype, torch.float32)):
+        check(run(s, w, x.to(x_dtype), arch, dtype, y_dtype=y_dtype), dtype)
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets(("sm_70-f16", "sm_80-f16", "f32")))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_fill_their_window_alone(value: float, arch: int, dtype: torch.dtype):
+    w = random_weights(TINY)
+    for token, channel in (((1, 1), 3), ((4, 5), 20)):  # in the first head, in the second
+        x = torch.randn(2, 5, 9, TINY.C).to(dtype)
+        x[1, *token, channel] = value
+        r = run(TINY, w, x, arch, dtype)
+        assert r.want.isnan().any() and not r.want.isnan().all()
+        assert torch.equal(r.y.isnan(), r.want.isnan())
+        assert torch.equal(r.y.isinf(), r.want.isinf())
+
+
+@pytest.mark.parametrize(("arch", "dtype"), targets(("sm_80-f16",)))
+def test_widely_spread_scores(arch: int, dtype: torch.dtype):
+    w = random_weights(TINY, spread=60.0)
+    check(run(TINY, w, torch.randn(2, 6, 6, TINY.C).to(dtype), arch, dtype), dtype)
+
+
+def test_no_images():
+    packed = cuda.prepare(random_weights(TINY), TINY, torch.float16, 80)
+    x = torch.empty(0, 7, 7, TINY.C, dtype=torch.float16)
+    assert cuda.plan(x, x, packed, TINY, None, arch=80) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "arch", "words"),
+    [
+        (cga.Shape(144, 1, 16, 7, (3,)), torch.float16, 80, "at most 128 channels a head"),
+        (cga.Shape(64, 4, 16, 15, (3,) * 4), torch.float16, 80, "at most 14x14"),
+        (cga.Shape(96, 1, 16, 14, (3,)), torch.float32, 75, "bytes of shared memory"),
+        (TINY, torch.bfloat16, 75, "bfloat16 needs sm_80"),
+    ],
+)
+def test_says_why_not(shape: cga.Shape, dtype: torch.dtype, arch: int, words: str):
+    assert words in (cuda.supports(shape, dtype, arch) or "")
+
+
+@pytest.mark.parametrize("arch", [70, 75, 80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_supports_every_model(arch: int, dtype: torch.dtype):
+    if dtype == torch.bfloat16 and arch < 80:
+        return
+    for case in cases("cga"):
+        assert cuda.supports(case.shape, dtype, arch) is None
+
+
+LAUNCHES = """
+#include "cga.cuh"
+extern "C" int shared_bytes(const evit::cuda::CgaSizes* s, int family) {
+  return evit::cuda::cga_attention_launch(*s, family, 1, 1, 1).shared_bytes;
+}
+int main() {}
+"""
+
+
+def test_shared_memory_is_what_the_header_says(tmp_path):
+    """The header compiles as C++17 without the emulator; Python's bytes are its."""
+    (tmp_path / "launches.cpp").write_text(LAUNCHES)
+    flags = ("-std=c++17", "-Wno-unused-function")
+    header = library(tmp_path / "launches.so", tmp_path / "launches.cpp", *flags)
+    shapes = [case.shape for case in cases("cga")]
+    shapes += [cga.Shape(32, 2, 16, window, (5, 3)) for window in (1, 3, 5, 6, 9, 12, 14)]
+    for s in shapes:
+        for tiles in (0, 70, 75, 80):
+            for windows in (1, 1000):
+                a = cuda.attention_config(s, tiles, windows, False)
+                p = cuda.projection_config(s, tiles, windows, False)
+                numbers = cuda.sizes(s, a, p, KINDS[torch.float16], KINDS[torch.float16])
+                fields = (ctypes.c_int * 64)(*numbers)  # the heads that are not there: 0
+                assert header.shared_bytes(fields, tiles) == cuda.shared_bytes(s, a, tiles)
