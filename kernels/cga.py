@@ -36,8 +36,8 @@ from evit_fast.kernels.launches import (
 )
 from evit_fast.ops.cga import Shape, Weights
 
+# float32 products take K in steps of STEP: FMAs want all of both operands in registers, and spill.
 STEP: tl.constexpr = tl.constexpr(16)
-
 
 FEW = 128  # windows: as many programs as an A100 or H100 has SMs, or fewer
 
@@ -51,39 +51,30 @@ def projection(BT: int, BN: int, BK: int, num_stages: int) -> Config:
     return Config({"BT": BT, "BN": BN, "BK": BK}, 4, num_stages)
 
 
-# By what the compiler reports, without a card (kernels/compiled.csv): PROJECT=1 where y's sums
-# leave registers to spare. At C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8.
-# float32 has no tensor core instruction and keeps more operands in registers: 8 warps, PACK=1.
-# few: twice the warps for a window, its projection over more programs. many, 4x4 windows: four of
-# them read a weight once.
+# By what the compiler reports (compiled.csv), not by a card. PROJECT=1 where y's sums leave registers
+# to spare: at C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8. float32 has no tensor
+# cores and keeps more operands in registers: 8 warps, PACK=1. Few wide windows: twice the warps for
+# each, and a projection cut finer. Many 4x4 windows: four of them read a weight once.
 CONFIGS = Table(
     op="cga",
     rows={
         80: {
-            ("window", 2, 16, "narrow", "few"): window(1, 0, 4),
-            ("window", 2, 16, "narrow", "many"): window(4, 0, 4),
-            ("window", 2, 16, "wide", "few"): window(1, 0, 4),
-            ("window", 2, 16, "wide", "many"): window(4, 0, 8),
-            ("window", 2, 64, "narrow", "few"): window(1, 1, 4),
-            ("window", 2, 64, "narrow", "many"): window(1, 1, 4),
-            ("window", 2, 64, "wide", "few"): window(1, 0, 8),
-            ("window", 2, 64, "wide", "many"): window(1, 0, 4),
-            ("window", 2, 128, "narrow", "few"): window(1, 0, 8),
-            ("window", 2, 128, "narrow", "many"): window(1, 0, 8),
-            ("window", 2, 128, "wide", "few"): window(1, 0, 8),
-            ("window", 2, 128, "wide", "many"): window(1, 0, 8),
-            ("window", 4, 16, "narrow", "few"): window(1, 0, 8),
-            ("window", 4, 16, "narrow", "many"): window(1, 0, 8),
-            ("window", 4, 16, "wide", "few"): window(1, 0, 8),
-            ("window", 4, 16, "wide", "many"): window(1, 0, 8),
-            ("window", 4, 64, "narrow", "few"): window(1, 0, 8),
-            ("window", 4, 64, "narrow", "many"): window(1, 0, 8),
-            ("window", 4, 64, "wide", "few"): window(1, 0, 8),
-            ("window", 4, 64, "wide", "many"): window(1, 0, 8),
-            ("window", 4, 128, "narrow", "few"): window(1, 0, 16),
-            ("window", 4, 128, "narrow", "many"): window(1, 0, 16),
-            ("window", 4, 128, "wide", "few"): window(1, 0, 16),
-            ("window", 4, 128, "wide", "many"): window(1, 0, 16),
+            ("window", 2, "16 rows", "few"): window(1, 0, 4),
+            ("window", 2, "16 rows", "many"): window(4, 0, 8),
+            ("window", 2, "64 rows, C <= 128", "few"): window(1, 1, 4),
+            ("window", 2, "64 rows, C <= 128", "many"): window(1, 1, 4),
+            ("window", 2, "64 rows", "few"): window(1, 0, 8),
+            ("window", 2, "64 rows", "many"): window(1, 0, 4),
+            ("window", 2, "128 rows", "few"): window(1, 0, 8),
+            ("window", 2, "128 rows", "many"): window(1, 0, 8),
+            ("window", 4, "16 rows", "few"): window(1, 0, 8),
+            ("window", 4, "16 rows", "many"): window(1, 0, 8),
+            ("window", 4, "64 rows, C <= 128", "few"): window(1, 0, 8),
+            ("window", 4, "64 rows, C <= 128", "many"): window(1, 0, 8),
+            ("window", 4, "64 rows", "few"): window(1, 0, 8),
+            ("window", 4, "64 rows", "many"): window(1, 0, 8),
+            ("window", 4, "128 rows", "few"): window(1, 0, 16),
+            ("window", 4, "128 rows", "many"): window(1, 0, 16),
             ("projection", 2, "few"): projection(16, 32, 64, 3),
             ("projection", 2, "many"): projection(64, 64, 32, 3),
             ("projection", 4, "few"): projection(16, 32, 16, 3),
@@ -91,6 +82,17 @@ CONFIGS = Table(
         }
     },
 )
+
+
+@triton.jit
+def part(a, j, AXIS: tl.constexpr):
+    """Rows (AXIS=0) or columns (AXIS=1) [j * STEP, (j + 1) * STEP) of a, for a j of run time."""
+    N: tl.constexpr = a.shape[AXIS] // STEP
+    if AXIS == 0:
+        a = tl.where((tl.arange(0, N) == j)[:, None, None], a.reshape(N, STEP, a.shape[1]), 0.0)
+    else:
+        a = tl.where((tl.arange(0, N) == j)[None, :, None], a.reshape(a.shape[0], N, STEP), 0.0)
+    return tl.sum(a, AXIS)
 
 
 @triton.jit
@@ -102,28 +104,12 @@ def product(a, w_ptr, stride, acc, WIDE: tl.constexpr):
         offs_k = tl.arange(0, STEP)
         for j in range(K // STEP):
             w = tl.load(w_ptr + (offs_k + j * STEP)[:, None] * stride + offs_n[None, :])
-            acc = dot(columns(a, j), w, acc, WIDE)
+            acc = dot(part(a, j, 1), w, acc, WIDE)
     else:
         offs_k = tl.arange(0, K)
         w = tl.load(w_ptr + offs_k[:, None] * stride + offs_n[None, :])
         acc = dot(a, w, acc, WIDE)
     return acc
-
-
-@triton.jit
-def columns(a, j):
-    """Columns [j * STEP, (j + 1) * STEP) of a [R, K].   [R, STEP]"""
-    N: tl.constexpr = a.shape[1] // STEP
-    a = tl.reshape(a, (a.shape[0], N, STEP))
-    return tl.sum(tl.where((tl.arange(0, N) == j)[None, :, None], a, 0.0), 1)
-
-
-@triton.jit
-def rows_of(a, j):
-    """Rows [j * STEP, (j + 1) * STEP) of a [R, K].   [STEP, K]"""
-    N: tl.constexpr = a.shape[0] // STEP
-    a = tl.reshape(a, (N, STEP, a.shape[1]))
-    return tl.sum(tl.where((tl.arange(0, N) == j)[:, None, None], a, 0.0), 0)
 
 
 @triton.jit
@@ -210,9 +196,11 @@ def attention(q, k, bias_ptr, PACK: tl.constexpr, SP: tl.constexpr, WIDE: tl.con
     """
     offs_s = tl.arange(0, SP)
     bias = tl.load(bias_ptr + offs_s[:, None] * SP + offs_s[None, :])  # [SP, SP]
-    if PACK == 1:
+    if PACK == 1 and q.dtype != tl.float32:
         score = dot(q, tl.trans(k), bias, WIDE)
     else:
+        # float32 of one window too: on sm_100 Triton 3.7 multiplies float32 matrices as TF32,
+        # whatever it is asked for, where the right one is transposed; a batch of them it does not.
         DK: tl.constexpr = q.shape[1]
         q = tl.reshape(q, (PACK, SP, DK))
         k = tl.reshape(k, (PACK, SP, DK))
@@ -231,7 +219,7 @@ def apply(p, v, PACK: tl.constexpr, WIDE: tl.constexpr):
     if PACK == 1 and p.dtype == tl.float32:
         out = tl.zeros((R, N), tl.float32)
         for j in range(SP // STEP):
-            out = dot(columns(p, j), rows_of(v, j), out, WIDE)
+            out = dot(part(p, j, 1), part(v, j, 0), out, WIDE)
     elif PACK == 1:
         out = dot(p, v, tl.zeros((R, N), tl.float32), WIDE)
     else:
@@ -287,7 +275,7 @@ def cga_window_kernel(
     column = window % NW * WIN + offs_s % WIN
     is_token = offs_s < WIN * WIN
     mask_r = is_token & (first + image < B) & (row < H) & (column < W)  # else zero padding
-    offs_t = ((image * H + row) * W + column) * C
+    offs_t = ((image * H + row) * W + column) * C  # int32: PACK images have < 2**31 elements
     x_ptr += first.to(tl.int64) * H * W * C
     y_ptr += first.to(tl.int64) * H * W * C
 
@@ -433,8 +421,8 @@ def prepare(w: Weights, s: Shape, dtype: torch.dtype) -> Packed:
     DP, CP, SP, TAPS = sum(parts(s.dv)), sum(parts(s.C)), rows(s), max(s.ks) ** 2
     device = w.proj.device
 
-    def padded(*shape: int, dtype: torch.dtype = torch.float32, fill: float = 0.0) -> torch.Tensor:
-        return torch.full(shape, fill, dtype=dtype, device=device)
+    def padded(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
     p = Packed(
         torch.tensor(s.ks, dtype=torch.int32, device=device),
@@ -486,13 +474,15 @@ def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
 
 def shape_class(
     s: Shape, dtype: torch.dtype, B: int, H: int, W: int, deterministic: bool
-) -> tuple[int, int, str, str]:
+) -> tuple[int, str, str]:
     """Key of the window kernel's rows, without its name. deterministic: never by the number of
     images.
     """
     few = B * cdiv(H, s.window) * cdiv(W, s.window) <= FEW and not deterministic
-    size = next(n for n in (16, 64, 128) if rows(s) <= n)
-    return dtype.itemsize, size, "narrow" if s.C <= 128 else "wide", "few" if few else "many"
+    size = f"{next(n for n in (16, 64, 128) if rows(s) <= n)} rows"
+    if size == "64 rows" and s.C <= 128:
+        size += ", C <= 128"
+    return dtype.itemsize, size, "few" if few else "many"
 
 
 def plan(
