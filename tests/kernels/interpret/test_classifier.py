@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evit_fast.kernels import classifier as kernels
+from evit_fast.kernels.launches import Config
 from evit_fast.ops import classifier
 from evit_fast.program import map_arrays
 from tests.close import assert_close, budget, relative_error
@@ -113,6 +114,7 @@ def test_input_and_output_of_any_float(x_dtype, y_dtype, N):
     s, w = classifier.Shape(64, N), random_weights(64, N)
     x = torch.randn(2, 4, 4, 64).bfloat16()
     want = run(s, w, x.float(), torch.float16, torch.float32)
+    assert not torch.equal(want.half().float(), want), "rounded to the op's dtype"
     y = run(s, w, x.to(x_dtype), torch.float16, y_dtype)
     assert_close(y, want, budget(y_dtype))
     if y_dtype == torch.float32:
@@ -169,3 +171,14 @@ def test_refusals_are_one_sentence():
     assert kernels.supports(s, torch.bfloat16, 120) is None
     assert "sm_70" in kernels.supports(s, torch.float16, 70)
     assert "float64" in kernels.supports(s, torch.float64, 80)
+
+
+@pytest.mark.parametrize("N", [0, 10])
+def test_a_given_row_is_used(N):
+    s = classifier.Shape(64, N)
+    packed = kernels.prepare(random_weights(64, N), s, torch.float32)
+    y, x = torch.empty(1, s.channels_out), torch.empty(1, 4, 4, 64)
+    row = Config({"BM": 2, "BN": 32, "BK": 16}, 1, 1)
+    assert [launch.config for launch in kernels.plan(y, x, packed, s, arch=ARCH, config=row)] == [
+        row
+    ]
