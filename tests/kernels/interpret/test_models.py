@@ -56,7 +56,9 @@ def own_error(m: EfficientVit, x: Tensor, want: Tensor, dtype: torch.dtype) -> f
 def test_logits(name: str, dtype: torch.dtype):
     m, x = model(name), images(1, 3, 64, 80)
     want = exact(m, x)
-    fast = evit_fast.accelerate(m, dtype=dtype, backend="triton", strict=True)
+    # Of M0 the tiles for few images too; they are more programs, and M5 is large enough without.
+    settings = {"backend": "triton", "strict": True, "deterministic": name != "m0"}
+    fast = evit_fast.accelerate(m, dtype=dtype, **settings)
     rows = evit_fast.explain(fast)
     assert {(row.column, row.isa, row.reason) for row in rows} == {("triton", "interpreter", "")}
     with torch.no_grad():
