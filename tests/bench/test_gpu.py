@@ -294,6 +294,7 @@ def test_a_peer_that_is_wrong_or_broken_is_not_timed(
     [
         (("--parts", "speed"), "--parts: unknown 'speed'; here are numerics, graphs"),
         (("--peers", "compile"), "--peers: unknown 'compile'; here are eager, folded"),
+        (("--dtypes", "bfloat16"), "--dtypes: unknown 'bfloat16'; here are float16, float32"),
         (("--models", "m9"), "unknown model 'm9'"),
         (("--batches", "0"), "--batches: expected numbers of at least 1"),
     ],
