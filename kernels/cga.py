@@ -51,37 +51,38 @@ def projection(BT: int, BN: int, BK: int, num_stages: int) -> Config:
     return Config({"BT": BT, "BN": BN, "BK": BK}, 4, num_stages)
 
 
-# By what the compiler reports (compiled.csv), not by a card. PROJECT=1 where y's sums leave registers
-# to spare: at C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8. float32 has no tensor
-# cores and keeps more operands in registers: 8 warps, PACK=1. Few wide windows: twice the warps for
-# each, and a projection cut finer. Many 4x4 windows: four of them read a weight once.
-CONFIGS = Table(
-    op="cga",
-    rows={
-        80: {
-            ("window", 2, "16 rows", "few"): window(1, 0, 4),
-            ("window", 2, "16 rows", "many"): window(4, 0, 8),
-            ("window", 2, "64 rows, C <= 128", "few"): window(1, 1, 4),
-            ("window", 2, "64 rows, C <= 128", "many"): window(1, 1, 4),
-            ("window", 2, "64 rows", "few"): window(1, 0, 8),
-            ("window", 2, "64 rows", "many"): window(1, 0, 4),
-            ("window", 2, "128 rows", "few"): window(1, 0, 8),
-            ("window", 2, "128 rows", "many"): window(1, 0, 8),
-            ("window", 4, "16 rows", "few"): window(1, 0, 8),
-            ("window", 4, "16 rows", "many"): window(1, 0, 8),
-            ("window", 4, "64 rows, C <= 128", "few"): window(1, 0, 8),
-            ("window", 4, "64 rows, C <= 128", "many"): window(1, 0, 8),
-            ("window", 4, "64 rows", "few"): window(1, 0, 8),
-            ("window", 4, "64 rows", "many"): window(1, 0, 8),
-            ("window", 4, "128 rows", "few"): window(1, 0, 16),
-            ("window", 4, "128 rows", "many"): window(1, 0, 16),
-            ("projection", 2, "few"): projection(16, 32, 64, 3),
-            ("projection", 2, "many"): projection(64, 64, 32, 3),
-            ("projection", 4, "few"): projection(16, 32, 16, 3),
-            ("projection", 4, "many"): projection(64, 64, 16, 3),
-        }
-    },
-)
+# By what the compiler reports (compiled.csv), not by a card. PROJECT=1 where y's sums leave
+# registers to spare: at C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8. float32
+# has no tensor cores and keeps more operands in registers: 8 warps, PACK=1. Few wide windows: twice
+# the warps for each, a projection cut finer. Many 4x4 windows: four of them read a weight once.
+_AMPERE = {
+    ("window", 2, "16 rows", "few"): window(1, 0, 4),
+    ("window", 2, "16 rows", "many"): window(4, 0, 8),
+    ("window", 2, "64 rows, C <= 128", "few"): window(1, 1, 4),
+    ("window", 2, "64 rows, C <= 128", "many"): window(1, 1, 4),
+    ("window", 2, "64 rows", "few"): window(1, 0, 8),
+    ("window", 2, "64 rows", "many"): window(1, 0, 4),
+    ("window", 2, "128 rows", "few"): window(1, 0, 8),
+    ("window", 2, "128 rows", "many"): window(1, 0, 8),
+    ("window", 4, "16 rows", "few"): window(1, 0, 8),
+    ("window", 4, "16 rows", "many"): window(1, 0, 8),
+    ("window", 4, "64 rows, C <= 128", "few"): window(1, 0, 8),
+    ("window", 4, "64 rows, C <= 128", "many"): window(1, 0, 8),
+    ("window", 4, "64 rows", "few"): window(1, 0, 8),
+    ("window", 4, "64 rows", "many"): window(1, 0, 8),
+    ("window", 4, "128 rows", "few"): window(1, 0, 16),
+    ("window", 4, "128 rows", "many"): window(1, 0, 16),
+    ("projection", 2, "few"): projection(16, 32, 64, 3),
+    ("projection", 2, "many"): projection(64, 64, 32, 3),
+    ("projection", 4, "few"): projection(16, 32, 16, 3),
+    ("projection", 4, "many"): projection(64, 64, 16, 3),
+}
+# Where the sm_80 rows would spill two registers.
+_BLACKWELL = {
+    ("window", 2, "16 rows", "many"): window(4, 0, 4),
+    ("projection", 2, "many"): projection(64, 64, 32, 2),
+}
+CONFIGS = Table(op="cga", rows={80: _AMPERE, 100: _AMPERE | _BLACKWELL})
 
 
 @triton.jit
