@@ -34,7 +34,7 @@ FULL = 8192  # outputs: a fused program of 64 slots for each of some 130 SMs
 SLOTS = 64  # outputs of the largest map that is one program
 MIN_Q = 16  # of any row or candidate: scratch() does not know the architecture
 KERNELS = ("hidden", "dense", "project")
-FUSED_F, FUSED_CO = 256, 256  # hidden and output channels that the fused row is for
+FUSED_F, FUSED_CO = 256, 128  # hidden and output channels that the fused row is for
 
 
 def _hidden(P: int, Q: int, BF: int, BK: int, warps: int, stages: int) -> Config:
@@ -79,7 +79,12 @@ for _outputs in (16, 64):
         ("project", 4, _outputs, "few"): _project(16, 16, 32, 4, 3),
         ("project", 4, _outputs, "many"): _project(32, 32, 16, 4, 3),
     }
-CONFIGS = Table(op="patch_merge", rows={80: _ROWS})
+# sm_100: 16 warps get no tcgen05 instruction, and 8 with BF=64 take 173 registers.
+_ROWS_100 = _ROWS | {
+    ("hidden", 2, 16, "many"): _hidden(64, 16, 32, 32, 8, 3),
+    ("hidden", 2, 64, "many"): _hidden(64, 64, 32, 32, 8, 3),
+}
+CONFIGS = Table(op="patch_merge", rows={80: _ROWS, 100: _ROWS_100})
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "TH", "TW"])
@@ -327,7 +332,7 @@ def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
     if dtype.itemsize == 2:
         found["hidden"] += [_hidden(64, 64, 32, 32, 8, 3), _hidden(32, 16, 64, 32, 4, 4)]
         found["project"] += [_project(64, 64, 32, 4, 3)]
-        if s.F <= 512 and s.CO <= FUSED_CO:
+        if s.F <= 2 * FUSED_F and s.CO <= 2 * FUSED_CO:
             found["fused"] = [_hidden(64, Q, BF, 32, 8, 2) for Q in (16, 64) for BF in (16, 32)]
     return {k: [c for i, c in enumerate(v) if c not in v[:i]] for k, v in found.items()}
 
@@ -353,6 +358,11 @@ def plan(
     key, config = shape_class(s, dtype, B, H, W, deterministic), config or {}
     if "fused" in config or key[-1] == "full":
         row = config.get("fused") or CONFIGS.row(arch, ("fused", *key))
+        if y.shape[1] * y.shape[2] > row.tiles["Q"]:
+            raise ValueError(
+                f"patch_merge: a fused program has Q={row.tiles['Q']} slots for an image, a map of "
+                f"{H}x{W} has more outputs; use the split form"
+            )
         return [_fused(y, x, w, s, row)]
     row = {k: config.get(k) or CONFIGS.row(arch, (k, *key)) for k in KERNELS}
     return _split(y, x, w, s, space, row)

@@ -108,7 +108,8 @@ def fused_kernel(
             other=0.0,
         )
         gate = rows_times(squeezed, w)  # [P/Q, BF]
-        gate = tl.sigmoid(gate + tl.load(se2_bias_ptr + offs_f, mask=mask_f, other=0.0)[None, :])
+        gate += tl.load(se2_bias_ptr + offs_f, mask=mask_f, other=0.0)[None, :]
+        gate = tl.where(mask_f[None, :], tl.sigmoid(gate), 0.0)  # 0 * Inf would be NaN
         g = tl.reshape(take(kept, f // BF, dtype).to(tl.float32), (P // Q, Q, BF))
         w = tl.load(
             w3_ptr + offs_f[:, None] * CO + offs_co[None, :],
