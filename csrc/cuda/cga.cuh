@@ -1,7 +1,7 @@
 // Cascaded group attention in CUDA. Meaning: evit_fast/ops/cga.py.
 //
-// `attention`: one block = `windows` windows, all heads one after the other. A window's S tokens are
-// padded to SP = 16, 32, .. rows, so a block has R = windows * SP rows. In shared memory:
+// `attention`: one block = `windows` windows, all heads one after the other. A window's S tokens
+// are padded to SP = 16, 32, .. rows, so a block has R = windows * SP rows. In shared memory:
 //
 //   input   T [R][DV]      the head's input: its slice of x plus the output of the head before
 //   v       T [DV][R]      transposed: P V wants the keys next to each other
@@ -11,106 +11,24 @@
 //   taps    float [KS * KS][16]
 //   concat  T [R][C]       relu of the heads' outputs, where `fused`
 //
-// Scores and probabilities of 16 queries stay in the registers of a warp. Three barriers a head: the
-// input is there; q, k, v are there; q's convolution is there. The next head's input is written by
-// the store of this head's output.
-// `fused` = 1: the block ends in the projection with the residual. 0: it writes relu(concat) to
-// scratch [T, C], and `projection`, one block = `tokens` tokens of the map x 1/split of the columns,
-// goes on: 64 useful rows where a window has 49, and two attention blocks fit on an SM (on a model of
-// a V100: 38.7 k cycles a window of M5's second stage against 54.5 k).
+// Scores and probabilities of 16 queries stay in the registers of a warp. Three barriers a head:
+// the input is there; q, k, v are there; q's convolution is there. The next head's input is written
+// by the store of this head's output. `fused` = 1: the block ends in the projection with the
+// residual. 0: it writes relu(concat) to scratch [T, C], and `projection`, one block = `tokens`
+// tokens of the map x 1/split of the columns, goes on: 64 useful rows where a window has 49, and
+// two attention blocks fit on an SM (on a model of a V100: 38.7 k cycles a window of M5's second
+// stage against 54.5 k).
 #pragma once
 
-#include "launch.cuh"
+#include "cga_sizes.cuh"
 
 #if defined(EVIT_DEVICE_CODE)
 #include "gemm.cuh"
 #include "instructions.cuh"
-#endif
+#include "softmax.cuh"
 
 namespace evit::cuda {
 
-constexpr int kCgaHeads = 16;  // at most
-constexpr int kCgaKeyDim = 16;
-
-struct CgaSizes {
-  int C, heads, window;
-  int windows, warps, fused, blocks_per_sm;             // of the attention
-  int tokens, projection_warps, split;  // of the projection, where it is apart
-  int x_kind, y_kind;                   // kFloat32, ..
-  int ks[kCgaHeads];                    // side of q's convolution, by head
-};
-
-EVIT_HOST_DEVICE int cga_rows(const CgaSizes& s) {  // R
-  return s.windows * ((s.window * s.window + 15) / 16 * 16);
-}
-EVIT_HOST_DEVICE int cga_largest_ks(const CgaSizes& s) {
-  int largest = 1;
-  for (int h = 0; h < s.heads; h++) largest = s.ks[h] > largest ? s.ks[h] : largest;
-  return largest;
-}
-// As row_stride, but 4 float32 more than n: no more conflicts, and M5's windows fit in 64 KiB.
-EVIT_HOST_DEVICE int cga_stride(int family, int n) {
-  return family == 0 ? n + 4 : row_stride(family, n);
-}
-// Warps that share 16 queries: each computes their scores and its part of the columns of P V.
-EVIT_HOST_DEVICE int cga_sharers(const CgaSizes& s) {
-  const int tiles = cga_rows(s) / 16;
-  return s.warps > tiles ? s.warps / tiles : 1;
-}
-// Key tiles whose probabilities lie in shared memory at once.
-EVIT_HOST_DEVICE int cga_chunk(const CgaSizes& s, int family) {
-  const int tiles = cga_rows(s) / s.windows / 16;
-  return family == 70 && tiles <= 4 ? tiles : 1;
-}
-
-struct CgaMemory {  // bytes from the start of shared memory
-  int input, v, k, q, p, raw_q, taps, concat, end;
-};
-EVIT_HOST_DEVICE CgaMemory cga_memory(const CgaSizes& s, int family) {
-  const int R = cga_rows(s), DV = s.C / s.heads, bytes = number_bytes(family);
-  const int ks = cga_largest_ks(s), narrow = R * cga_stride(family, kCgaKeyDim) * bytes;
-  CgaMemory m = {};
-  m.v = m.input + R * cga_stride(family, DV) * bytes;
-  m.k = m.v + DV * cga_stride(family, R) * bytes;
-  m.q = m.k + narrow;
-  m.p = m.q + narrow;
-  m.raw_q = m.p;
-  if (family == 0 && cga_sharers(s) == 1) {
-    m.p = m.q;  // a warp's own 16 queries, which it has used: no room of their own on sm_75
-  } else if (family == 0 || family == 70) {
-    m.raw_q += s.warps * 16 * cga_stride(family, cga_chunk(s, family) * 16) * bytes;
-  }
-  m.taps = m.raw_q + s.windows * s.window * s.window * kCgaKeyDim * 4;
-  m.concat = m.taps + (family == 0 ? 0 : ks * ks * kCgaKeyDim * 4);  // float32: from global memory
-  m.end = m.concat + (s.fused ? R * cga_stride(family, s.C) * bytes : 0);
-  return m;
-}
-
-template <typename T>
-struct CgaAttentionArgs {
-  void* y;                // [B, H, W, C] of y_kind; where not fused relu(concat), T
-  const void* x;          // [B, H, W, C] of x_kind
-  const T* qkv;           // packed as A operands [heads][(2 * 16 + DV) / 16][DV / 16]
-  const float* qkv_bias;  // [heads][2 * 16 + DV]
-  const float* dw;        // [heads][largest ks squared][16]; a head's own ks * ks come first
-  const float* dw_bias;   // [heads][16]
-  const float* bias;      // [heads][SP / 16][SP / 16][2][32][4]: accumulators, -inf past key S
-  const T* proj;          // packed [C / 16][C / 16]
-  const float* proj_bias;  // [C]
-  i64 B, H, W;
-};
-
-template <typename T>
-struct CgaProjectionArgs {
-  void* y;                 // [T, C] of y_kind
-  const T* rows;           // [T, C]: relu(concat)
-  const void* x;           // [T, C] of x_kind
-  const T* proj;           // packed [C / 16][C / 16]
-  const float* proj_bias;  // [C]
-  i64 count;               // T
-};
-
-#if defined(EVIT_DEVICE_CODE)
 // Four neighbours as they lie in memory: of 16-bit numbers, half the registers of four floats.
 template <typename X>
 struct CgaFour {
@@ -150,7 +68,8 @@ struct CgaKernel {
   static constexpr int kTaps = cga_largest_ks(S) * cga_largest_ks(S) * DK;  // of a head
   static constexpr bool kStageTaps = kFamily != 0;
 
-  // q, k, v: kRows x kColumns warps share token tiles x channel tiles; a weight is read kRows times.
+  // q, k, v: kRows x kColumns warps share token tiles x channel tiles; a weight is read kRows
+  // times.
   static constexpr int kRows = MT > 1 ? 2 : 1, kColumns = S.warps / kRows;
   static constexpr int kRowTiles = MT > 2 ? 2 : 1;
   static constexpr int kGroup = (kQkvTiles + kColumns - 1) / kColumns;
@@ -451,56 +370,10 @@ struct CgaKernel {
       Tile::mma(scores[j], q, k);
     }
     float inverse[2];
-    softmax(scores, inverse);
+    softmax<Tile>(scores, inverse);
     if constexpr (kStoreOnce) store_probabilities(scores, probabilities(m));
     for (int n0 = warp_id() % kSharers; n0 < kValueTiles; n0 += kSums * kSharers) {
       times_v(p, h, m, n0, scores, inverse);
-    }
-  }
-
-  // 2**(score - max), and 1 over its sum, of the two rows that a lane holds. Loops are kept apart:
-  // a sum next to each power of two would wait for it (4.7 k cycles against 1.4 k on the model).
-  EVIT_DEVICE static void softmax(Accumulator (&scores)[kKeyTiles], float (&inverse)[2]) {
-    EVIT_UNROLL
-    for (int half = 0; half < 2; half++) {
-      float even = scores[0].d[Tile::at(half, 0)], odd = scores[0].d[Tile::at(half, 1)];
-      EVIT_UNROLL
-      for (int j = 0; j < kKeyTiles; j++) {
-        EVIT_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-          even = maximum(even, scores[j].d[Tile::at(half, i)]);
-          odd = maximum(odd, scores[j].d[Tile::at(half, i + 1)]);
-        }
-      }
-      float largest = maximum(even, odd);
-      EVIT_UNROLL
-      for (int lanes : Tile::kRowLanes) largest = maximum(largest, shuffle_xor(largest, lanes));
-      EVIT_UNROLL
-      for (int j = 0; j < kKeyTiles; j++) {
-        EVIT_UNROLL
-        for (int i = 0; i < 4; i++) scores[j].d[Tile::at(half, i)] -= largest;
-      }
-    }
-    EVIT_UNROLL
-    for (int j = 0; j < kKeyTiles; j++) {
-      EVIT_UNROLL
-      for (float& d : scores[j].d) d = power_of_2(d);
-    }
-    EVIT_UNROLL
-    for (int half = 0; half < 2; half++) {
-      float even = 0.0f, odd = 0.0f;
-      EVIT_UNROLL
-      for (int j = 0; j < kKeyTiles; j++) {
-        EVIT_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-          even += scores[j].d[Tile::at(half, i)];
-          odd += scores[j].d[Tile::at(half, i + 1)];
-        }
-      }
-      float sum = even + odd;
-      EVIT_UNROLL
-      for (int lanes : Tile::kRowLanes) sum += shuffle_xor(sum, lanes);
-      inverse[half] = 1.0f / sum;
     }
   }
 
@@ -519,9 +392,9 @@ struct CgaKernel {
       for (int j = 0; j < kSums; j++) {
         next[j][half] = {};
         if (h + 1 == S.heads || token[half] < 0 || column_of(j) >= DV) continue;
-        next[j][half] = load_vector<typename Four::Raw>(static_cast<const X*>(p.x) +
-                                                        token[half] * S.C + (h + 1) * DV +
-                                                        column_of(j) + Tile::column());
+        next[j][half] =
+            load_vector<typename Four::Raw>(static_cast<const X*>(p.x) + token[half] * S.C +
+                                            (h + 1) * DV + column_of(j) + Tile::column());
       }
     }
     Accumulator sum[kSums];
@@ -603,15 +476,16 @@ struct CgaKernel {
   }
 
   EVIT_DEVICE static void project(const Args& p) {
-    multiply<Tile, S.warps, MT, CT, 3>(
-        shared(kMemory.concat), kStrideC, p.proj, CT,
-        [&](int row, int column, const Accumulator& c) {
-          EVIT_UNROLL
-          for (int half = 0; half < 2; half++) {
-            const i64 token = token_at(p, row + Tile::row(half));
-            if (token >= 0) store_output(p.y, p.x, p.proj_bias, token, column, half, c);
-          }
-        });
+    multiply<Tile, S.warps, MT, CT, 3>(shared(kMemory.concat), kStrideC, p.proj, CT,
+                                       [&](int row, int column, const Accumulator& c) {
+                                         EVIT_UNROLL
+                                         for (int half = 0; half < 2; half++) {
+                                           const i64 token = token_at(p, row + Tile::row(half));
+                                           if (token >= 0)
+                                             store_output(p.y, p.x, p.proj_bias, token, column,
+                                                          half, c);
+                                         }
+                                       });
   }
 
   // y = x + c + bias: one token, four columns.
@@ -627,18 +501,6 @@ struct CgaKernel {
     store_4(static_cast<Y*>(y) + at, out);
   }
 };
-#endif
-
-EVIT_HOST_DEVICE LaunchShape cga_attention_launch(const CgaSizes& s, int family, i64 B, i64 H,
-                                                  i64 W) {
-  const i64 windows = B * ceil_div(H, s.window) * ceil_div(W, s.window);
-  return {ceil_div(windows, s.windows), 1, s.warps * 32, cga_memory(s, family).end,
-          s.blocks_per_sm};
-}
-EVIT_HOST_DEVICE LaunchShape cga_projection_launch(const CgaSizes& s, int family, i64 B, i64 H,
-                                                   i64 W) {
-  return {ceil_div(B * H * W, s.tokens), s.split, s.projection_warps * 32,
-          s.tokens * row_stride(family, s.C) * number_bytes(family)};
-}
 
 }  // namespace evit::cuda
+#endif

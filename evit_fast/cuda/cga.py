@@ -17,6 +17,7 @@ MAX_DV = 128  # q, k, v and the heads' outputs of a warp stay in registers
 MAX_TOKENS = 196  # of a window: the scores of 16 queries stay in registers
 FEW_WINDOWS = 128  # as many blocks as a V100, A100 or H100 has SMs, or fewer
 FEW_TOKENS = 1024  # 16 blocks of 64
+MANY_CHANNELS = 384  # 64 rows of more do not fit in the 64 KiB of sm_75
 SHARED_KIB = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block
 
 
@@ -102,6 +103,8 @@ def attention_config(s: Shape, tiles: int, windows: int, deterministic: bool) ->
 def projection_config(s: Shape, tiles: int, tokens: int, deterministic: bool) -> Projection:
     if tokens <= FEW_TOKENS and not deterministic:
         return Projection(16, 4, -(-s.C // (4 * TILE)))  # a column tile a warp: more SMs have work
+    if s.C > MANY_CHANNELS:
+        return Projection(16, 4, 1)
     return Projection(32 if tiles == 0 else 64, 4, 1)
 
 
@@ -130,6 +133,15 @@ def shared_bytes(s: Shape, c: Attention, family: int) -> int:
     return number * (numbers + (rows * stride(s.C) if c.fused else 0)) + 4 * floats
 
 
+def projection_bytes(s: Shape, p: Projection, family: int) -> int:
+    """Shared memory of a projection block: cga_projection_launch()."""
+    if family == 0:
+        stride = s.C + (36 - s.C % 32) % 32
+    else:
+        stride = s.C + 8 if family == 70 else s.C if s.C % 32 == 16 else s.C + 16
+    return p.tokens * stride * (2 if family else 4)
+
+
 def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
     """None, or why the op does not run so."""
     if why := refusal(dtype, arch):
@@ -151,13 +163,16 @@ def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
         )
     limit = SHARED_KIB[max(a for a in SHARED_KIB if a <= arch)] * 1024
     tiles = family(arch, dtype)
-    for windows in (1, FEW_WINDOWS + 1):
-        c = attention_config(s, tiles, windows, False)
-        if (wanted := shared_bytes(s, c, tiles)) > limit:
-            return (
-                f"cuda: cga with C={s.C}, heads={s.heads} and window={s.window} needs {wanted} "
-                f"bytes of shared memory in {str(dtype)[6:]}, sm_{arch} has {limit}"
-            )
+    wanted = max(
+        shared_bytes(s, attention_config(s, tiles, windows, False), tiles)
+        for windows in (1, FEW_WINDOWS + 1)
+    )
+    wanted = max(wanted, projection_bytes(s, projection_config(s, tiles, 0, True), tiles))
+    if wanted > limit:
+        return (
+            f"cuda: cga with C={s.C}, heads={s.heads} and window={s.window} needs {wanted} "
+            f"bytes of shared memory in {str(dtype)[6:]}, sm_{arch} has {limit}"
+        )
     return None
 
 
