@@ -7,7 +7,8 @@
 //   v       T [DV][R]      transposed: P V wants the keys next to each other
 //   k, q    T [R][16]      q after its convolution
 //   raw_q   float [windows * S][16]  before it: threads slide over it without conversions
-//   p       T [warps][16][keys]      probabilities, where a tile cannot take them from registers
+//   p       T [warps][16][keys]      in raw_q's place: probabilities, where a tile cannot take them
+//                                    from registers
 //   taps    float [KS * KS][16]
 //   concat  T [R][C]       relu of the heads' outputs, where `fused`
 //

@@ -49,14 +49,16 @@ EVIT_HOST_DEVICE CgaMemory cga_memory(const CgaSizes& s, int family) {
   m.v = m.input + R * cga_stride(family, DV) * bytes;
   m.k = m.v + DV * cga_stride(family, R) * bytes;
   m.q = m.k + narrow;
-  m.p = m.q + narrow;
-  m.raw_q = m.p;
+  m.raw_q = m.q + narrow;
+  m.p = m.raw_q;  // which is read before the first probability is there
+  int shared_bytes = s.windows * s.window * s.window * kCgaKeyDim * 4;
   if (family == 0 && cga_sharers(s) == 1) {
-    m.p = m.q;  // a warp's own 16 queries, which it has used: no room of their own on sm_75
+    m.p = m.q;  // float32: a warp's own 16 queries, which it has used
   } else if (family == 0 || family == 70) {
-    m.raw_q += s.warps * 16 * cga_stride(family, cga_chunk(s, family) * 16) * bytes;
+    const int p_bytes = s.warps * 16 * cga_stride(family, cga_chunk(s, family) * 16) * bytes;
+    shared_bytes = p_bytes > shared_bytes ? p_bytes : shared_bytes;
   }
-  m.taps = m.raw_q + s.windows * s.window * s.window * kCgaKeyDim * 4;
+  m.taps = m.raw_q + shared_bytes;
   m.concat = m.taps + (family == 0 ? 0 : ks * ks * kCgaKeyDim * 4);  // float32: from global memory
   m.end = m.concat + (s.fused ? R * cga_stride(family, s.C) * bytes : 0);
   return m;

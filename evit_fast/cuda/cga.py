@@ -66,7 +66,7 @@ def _always(*row: int) -> tuple[Attention, Attention]:
 #               windows read a weight once.
 #   more        a warp goes from query tile to query tile.
 ATTENTION = {
-    (70, "64", "narrow"): _always(1, 4, 1, 2),
+    (70, "64", "narrow"): _always(1, 4, 1, 3),  # 31 KiB and 168 registers: three blocks
     (70, "64", "wide"): _always(1, 4, 0, 2),
     (70, "16", "narrow"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
     (70, "16", "wide"): (Attention(1, 4, 0, 2), Attention(4, 4, 0, 2)),
@@ -125,12 +125,12 @@ def shared_bytes(s: Shape, c: Attention, family: int) -> int:
     key_tiles = -(-s.tokens // TILE)
     rows, ks = c.windows * key_tiles * TILE, max(s.ks)
     numbers = rows * stride(s.dv) + s.dv * stride(rows) + 2 * rows * stride(DK)
-    sharers = max(1, c.warps * TILE // rows)
-    if family == 70 or (family == 0 and sharers > 1):
+    raw_q, p = 4 * c.windows * s.tokens * DK, 0
+    if family == 70 or (family == 0 and c.warps * TILE >= 2 * rows):
         chunk = key_tiles if family == 70 and key_tiles <= 4 else 1
-        numbers += c.warps * TILE * stride(chunk * TILE)
-    floats = c.windows * s.tokens * DK + (ks * ks * DK if family else 0)
-    return number * (numbers + (rows * stride(s.C) if c.fused else 0)) + 4 * floats
+        p = number * c.warps * TILE * stride(chunk * TILE)
+    taps = 4 * ks * ks * DK if family else 0
+    return number * (numbers + (rows * stride(s.C) if c.fused else 0)) + max(raw_q, p) + taps
 
 
 def projection_bytes(s: Shape, p: Projection, family: int) -> int:
