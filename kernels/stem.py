@@ -46,7 +46,7 @@ CONFIGS = Table(
     op="stem",
     rows={
         80: {
-            ("pixels", 2, 64, "few"): _pixels(32, 16, 3),
+            ("pixels", 2, 64, "few"): _pixels(32, 16, 3, 2),
             ("pixels", 2, 128, "few"): _pixels(32, 32, 3),
             ("pixels", 2, 192, "few"): _pixels(32, 64, 3),
             ("pixels", 2, "wide", "few"): _pixels(32, 64, 1),
