@@ -55,7 +55,9 @@ def projection(BT: int, BN: int, BK: int, num_stages: int) -> Config:
 # registers to spare: at C=192, 240 and 288 they spill on sm_80, with 4 warps and with 8. float32
 # has no tensor cores and keeps more operands in registers: 8 warps, PACK=1. Few wide windows: twice
 # the warps for each, a projection cut finer. Many 4x4 windows: four of them read a weight once.
-_AMPERE = {
+_SM80 = {
+    ("window", 2, "16 rows, C <= 192", "few"): window(1, 0, 4),
+    ("window", 2, "16 rows, C <= 192", "many"): window(4, 0, 8),
     ("window", 2, "16 rows", "few"): window(1, 0, 4),
     ("window", 2, "16 rows", "many"): window(4, 0, 8),
     ("window", 2, "64 rows, C <= 128", "few"): window(1, 1, 4),
@@ -64,6 +66,8 @@ _AMPERE = {
     ("window", 2, "64 rows", "many"): window(1, 0, 4),
     ("window", 2, "128 rows", "few"): window(1, 0, 8),
     ("window", 2, "128 rows", "many"): window(1, 0, 8),
+    ("window", 4, "16 rows, C <= 192", "few"): window(1, 0, 8),
+    ("window", 4, "16 rows, C <= 192", "many"): window(1, 0, 8),
     ("window", 4, "16 rows", "few"): window(1, 0, 8),
     ("window", 4, "16 rows", "many"): window(1, 0, 8),
     ("window", 4, "64 rows, C <= 128", "few"): window(1, 0, 8),
@@ -77,12 +81,19 @@ _AMPERE = {
     ("projection", 4, "few"): projection(16, 32, 16, 3),
     ("projection", 4, "many"): projection(64, 64, 16, 3),
 }
-# Where the sm_80 rows would spill two registers.
-_BLACKWELL = {
+# Where the rows before would spill two registers.
+_SM100 = _SM80 | {
+    ("window", 2, "16 rows, C <= 192", "many"): window(4, 0, 4),
     ("window", 2, "16 rows", "many"): window(4, 0, 4),
     ("projection", 2, "many"): projection(64, 64, 32, 2),
 }
-CONFIGS = Table(op="cga", rows={80: _AMPERE, 100: _AMPERE | _BLACKWELL})
+_SM120 = _SM100 | {
+    ("window", 2, "64 rows, C <= 128", "few"): window(1, 0, 4),
+    ("window", 2, "64 rows, C <= 128", "many"): window(1, 0, 4),
+    ("window", 4, "16 rows, C <= 192", "few"): window(1, 0, 16),
+    ("window", 4, "16 rows, C <= 192", "many"): window(1, 0, 16),
+}
+CONFIGS = Table(op="cga", rows={80: _SM80, 100: _SM100, 120: _SM120})
 
 
 @triton.jit
@@ -480,10 +491,10 @@ def shape_class(
     images.
     """
     few = B * cdiv(H, s.window) * cdiv(W, s.window) <= FEW and not deterministic
-    size = f"{next(n for n in (16, 64, 128) if rows(s) <= n)} rows"
-    if size == "64 rows" and s.C <= 128:
-        size += ", C <= 128"
-    return dtype.itemsize, size, "few" if few else "many"
+    size = next(n for n in (16, 64, 128) if rows(s) <= n)
+    narrow = {16: 192, 64: 128, 128: 0}[size]
+    name = f"{size} rows, C <= {narrow}" if s.C <= narrow else f"{size} rows"
+    return dtype.itemsize, name, "few" if few else "many"
 
 
 def plan(
