@@ -53,9 +53,10 @@ def _project(BT: int, BCO: int, BK: int, warps: int, stages: int) -> Config:
 # hidden, many: every block of BF channels reads all of x again, so BF=64; with 8 warps instead of
 #   16 it takes 186 registers (sm_80), and 8 warps are all that an SM then holds.
 # fused: F=256 only. Every program reads every weight, and x once per block, so its reads from L2
-#   grow with C F: per image of M0's first merge 0.36 MB against 0.23 MB of the split form, which
-#   moves 87 KB through memory instead of 37; M5's first merge 3.1 MB against 1.8 MB. And registers
-#   end there: 254 a thread at F=256, 40 bytes of stack at F=512 (sm_80), 496 at F=768.
+#   grow with C F. By count, not by a clock, an image of M0's first merge reads 0.36 MB from L2
+#   against 0.23 MB of the split form, which moves 87 KB through memory instead of 37; of M5's first
+#   merge 3.1 MB against 1.8 MB, 104 KB instead of 253. And registers end there: 254 a thread at
+#   F=256, some bytes of stack at F=512, hundreds at F=768 (sm_80).
 _ROWS = {
     ("hidden", 2, 16, "few"): _hidden(16, 16, 32, 32, 4, 4),
     ("hidden", 2, 64, "few"): _hidden(32, 32, 32, 32, 4, 4),
@@ -79,11 +80,17 @@ for _outputs in (16, 64):
         ("project", 4, _outputs, "few"): _project(16, 16, 32, 4, 3),
         ("project", 4, _outputs, "many"): _project(32, 32, 16, 4, 3),
     }
-# sm_100: 16 warps get no tcgen05 instruction, and 8 with BF=64 take 173 registers.
+# sm_100: 16 warps get no tcgen05 instruction, and 8 with BF=64 take 173 registers; ptxas keeps the
+#   float32 dense to 48 registers there and spills two with longer blocks.
 _ROWS_100 = _ROWS | {
     ("hidden", 2, 16, "many"): _hidden(64, 16, 32, 32, 8, 3),
     ("hidden", 2, 64, "many"): _hidden(64, 64, 32, 32, 8, 3),
 }
+for _outputs in (16, 64):
+    _ROWS_100 |= {
+        ("dense", 4, _outputs, "few"): _dense(1, 16, 32, 4, 3),
+        ("dense", 4, _outputs, "many"): _dense(16, 32, 16, 4, 3),
+    }
 CONFIGS = Table(op="patch_merge", rows={80: _ROWS, 100: _ROWS_100})
 
 
