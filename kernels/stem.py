@@ -54,7 +54,7 @@ CONFIGS = Table(
             ("pixels", 2, 128, "many"): _pixels(128, 32, 1),
             ("pixels", 2, 192, "many"): _pixels(128, 64, 1),
             ("pixels", 2, "wide", "many"): _pixels(32, 64, 1),
-            ("pixels", 4, 64, "few"): _pixels(32, 16, 1),
+            ("pixels", 4, 64, "few"): _pixels(32, 16, 1, 2),
             ("pixels", 4, 128, "few"): _pixels(32, 32, 1),
             ("pixels", 4, 192, "few"): _pixels(32, 64, 1),
             ("pixels", 4, "wide", "few"): _pixels(32, 32, 1),
