@@ -3,6 +3,7 @@
 #   make test    everything, in at most 13 minutes        make bench   the six models against every peer
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
+#   make test-emulator  the CUDA kernels on the CPU: every shape and tile family
 #   make test-cuda    NVRTC and the cache of cubins: every cold start, kill and damaged file
 #   make compiled     what the compiler makes of them: rewrites kernels/compiled.csv
 #   make gpu     what must be seen on a card: right, repeatable, fast; ARGS="--parts numerics"; dry-run without one
@@ -20,14 +21,14 @@ NVRTC = nvidia-cuda-nvrtc-cu12==12.9.86# compiles for sm_50 to sm_121 without a 
 OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
 INPUTS = pyproject.toml Makefile
-CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'bench/*.cpp' 'tests/*.cpp' 'tests/*.h')
+CXX_FILES = $$(git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'bench/*.cpp' 'tests/*.cpp' 'tests/*.h' 'tests/*.cuh')
 # Two processes: Triton decides once, at import, whether it interprets or compiles.
 INTERPRET = TRITON_INTERPRET=1 $(DEV)/pytest -q -n 2 --import-mode=importlib
 COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importlib
 export OMP_NUM_THREADS ?= 1
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test test-triton test-cuda compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton test-emulator test-cuda compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -41,6 +42,9 @@ test-triton: build
 	@$(INTERPRET) tests/kernels/interpret
 	@$(COMPILE) tests/kernels/compile
 	@$(DEV)/pytest -q --import-mode=importlib -m full tests/bench/test_gpu.py
+
+test-emulator: build
+	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/emulator
 
 test-cuda: build
 	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py

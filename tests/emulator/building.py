@@ -37,20 +37,26 @@ extern "C" long args_bytes() {{ return sizeof(evit::cuda::Args); }}
 """
 
 
+_folder = TemporaryDirectory(prefix="evit_fast_emulated_")
+
+
 def compile_emulated(out: Path, source: str | Path, *flags: str) -> Path:
     """The emulator's runtime (never with a sanitizer of `flags`) and one file of device code."""
-    runtime = out.with_suffix(".runtime.o")
-    shared = [flag for flag in flags if not flag.startswith("-fsanitize")]
-    run("g++", *FLAGS, *shared, "-c", ROOT / "tests/emulator/emulator.cpp", "-o", runtime)
+    runtime = _runtime(tuple(flag for flag in flags if not flag.startswith(("-fsanitize", "-W"))))
     run("g++", *FLAGS, *flags, ROOT / source, runtime, "-o", out)
+    return out
+
+
+@cache
+def _runtime(flags: tuple[str, ...]) -> Path:
+    out = Path(_folder.name, f"runtime-{'-'.join(flags).replace('/', '_')}.o")
+    flags = tuple(flag for flag in flags if flag != "-shared")
+    run("g++", *FLAGS, *flags, "-c", ROOT / "tests/emulator/emulator.cpp", "-o", out)
     return out
 
 
 def library(out: Path, source: str | Path, *flags: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(compile_emulated(out, source, "-fPIC", "-shared", *flags)))
-
-
-_folder = TemporaryDirectory(prefix="evit_fast_emulated_")
 
 
 @cache
