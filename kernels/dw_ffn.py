@@ -4,6 +4,10 @@ One program computes BT consecutive tokens (rows of the map, images in a row), a
 its share of the hidden units. x is read once (the nine taps meet in L1), the sum is written once; y
 and the hidden activations never leave the SM. Grid (tokens / BT, SPLIT).
 
+Tokens are columns, weights the left operand. So BT may be 16 while w1 fills the 64 rows of a wgmma,
+and y stays in shared memory: as the left operand Triton holds it in registers, where C >= 256
+spilled.
+
 With SPLIT > 1 each program of a token block takes 1/SPLIT of the hidden units and writes a float32
 partial sum; a second kernel adds them in order. One SM draws weights from L2 at some 64 bytes a
 clock, so C=384 alone costs it about 10 us whatever BT is, and one image has 16 tokens there: SPLIT
@@ -46,6 +50,7 @@ def tiles(BT: int, BF: int, SPLIT: int, num_warps: int, num_stages: int = 2) -> 
 # Key: bytes of a value, class of C, tokens. The second launch of SPLIT > 1 costs 2 us, as much as
 # one SM needs for the float16 weights of C=192. BF >= 16 * num_warps gives every warp rows of w1 of
 # its own. float32 is FMAs on registers: small tiles. These fit the 99 KiB of sm_86, 89 and 120.
+# All rows are calculated (bytes, FLOPs, registers), none is measured yet.
 FIT_99_KIB = {
     (2, 64, "few"): tiles(16, 64, 1, 4),
     (2, 128, "few"): tiles(16, 64, 1, 4),
@@ -184,7 +189,7 @@ def dw_ffn_kernel(
         acc = sums
 
     out = out_ptr + split * T * C + first.to(tl.int64) * C + offs_t[None, :] * C
-    mask_t = (offs_t < T - first)[None, :]
+    mask_t = (offs_t < T - first)[None, :]  # not first + offs_t < T: kept from above, it spills
     for i in tl.static_range(len(PARTS)):
         offs_c = (i * PARTS[0] + tl.arange(0, PARTS[i]))[:, None]
         tl.store(out + offs_c, acc[i].to(out_ptr.dtype.element_ty), mask=mask_t & (offs_c < C))
