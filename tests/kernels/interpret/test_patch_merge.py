@@ -193,7 +193,11 @@ def test_any_width(widths, dtype):
 
 
 @pytest.mark.parametrize("kernel", ["hidden", "dense", "project"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["f32", "f16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, marks=pytest.mark.full), torch.float16],
+    ids=["f32", "f16"],
+)
 def test_every_candidate(dtype, kernel):
     """On a map of several tiles: images of one program share their place in it."""
     widths = (16, 144, 16, 80)
