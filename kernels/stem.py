@@ -140,6 +140,8 @@ def stem_pixels_kernel(
 
     TAPS of conv2 at a time, 1 or a row of 3: their TAPS*C1 inputs, at most TC, come from patches of
     3 x COLS pixels. Grid (B * blocks of BT positions, blocks of BN channels).
+    With 3, taps meet pixels of their neighbours with weight 0: an infinite pixel gives NaN where
+    conv2 would have mixed infinities of one sign only. A position is spoiled in both or in neither.
     """
     COLS: tl.constexpr = 2 * TAPS + 1
     dtype = w1_ptr.dtype.element_ty
