@@ -88,6 +88,8 @@ _SM80 = {
 _SM100 = _SM80 | {
     ("window", 2, "16 rows, C <= 192", "many"): window(4, 0, 4),
     ("window", 2, "16 rows", "many"): window(4, 0, 4),
+    ("window", 2, "64 rows, C <= 128", "few"): window(1, 1, 4, maxnreg=255),
+    ("window", 2, "64 rows, C <= 128", "many"): window(1, 1, 4, maxnreg=255),
     ("projection", 2, "many"): projection(64, 64, 32, 2),
 }
 _SM120 = _SM100 | {
