@@ -42,45 +42,48 @@ def _conv(BT: int, BN: int, BK: int, warps: int = 4, stages: int = 3) -> Config:
 # pixels: a row of 3 taps runs 3 steps of long latency in the place of 9, and M0 with 0.7 of the
 # instructions; with more channels, map 1's 3*C1 columns leave too few warps on an SM, or spill.
 # conv, C=192: BN=32 divides map 3's 96 channels.
-CONFIGS = Table(
-    op="stem",
-    rows={
-        80: {
-            ("pixels", 2, 64, "few"): _pixels(32, 16, 3, 2),
-            ("pixels", 2, 128, "few"): _pixels(32, 32, 3),
-            ("pixels", 2, 192, "few"): _pixels(32, 64, 3),
-            ("pixels", 2, "wide", "few"): _pixels(32, 64, 1),
-            ("pixels", 2, 64, "many"): _pixels(64, 16, 3),
-            ("pixels", 2, 128, "many"): _pixels(128, 32, 1),
-            ("pixels", 2, 192, "many"): _pixels(128, 64, 1),
-            ("pixels", 2, "wide", "many"): _pixels(32, 64, 1),
-            ("pixels", 4, 64, "few"): _pixels(32, 16, 1, 2),
-            ("pixels", 4, 128, "few"): _pixels(32, 32, 1),
-            ("pixels", 4, 192, "few"): _pixels(32, 64, 1),
-            ("pixels", 4, "wide", "few"): _pixels(32, 32, 1),
-            ("pixels", 4, 64, "many"): _pixels(64, 16, 1),
-            ("pixels", 4, 128, "many"): _pixels(64, 32, 1),
-            ("pixels", 4, 192, "many"): _pixels(64, 64, 1),
-            ("pixels", 4, "wide", "many"): _pixels(32, 32, 1),
-            ("conv", 2, 64, "few"): _conv(16, 16, 64, 2, 4),
-            ("conv", 2, 128, "few"): _conv(16, 32, 64, 4, 4),
-            ("conv", 2, 192, "few"): _conv(16, 32, 64, 4, 4),
-            ("conv", 2, "wide", "few"): _conv(16, 64, 64, 4, 4),
-            ("conv", 2, 64, "many"): _conv(128, 32, 64),
-            ("conv", 2, 128, "many"): _conv(128, 64, 64),
-            ("conv", 2, 192, "many"): _conv(128, 32, 64),
-            ("conv", 2, "wide", "many"): _conv(128, 64, 64),
-            ("conv", 4, 64, "few"): _conv(16, 16, 32, 2),
-            ("conv", 4, 128, "few"): _conv(16, 32, 32),
-            ("conv", 4, 192, "few"): _conv(16, 32, 32),
-            ("conv", 4, "wide", "few"): _conv(16, 32, 32),
-            ("conv", 4, 64, "many"): _conv(64, 32, 32),
-            ("conv", 4, 128, "many"): _conv(64, 64, 32),
-            ("conv", 4, 192, "many"): _conv(64, 32, 32),
-            ("conv", 4, "wide", "many"): _conv(64, 64, 32),
-        }
-    },
-)
+_SM80 = {
+    ("pixels", 2, 64, "few"): _pixels(32, 16, 3, 2),
+    ("pixels", 2, 128, "few"): _pixels(32, 32, 3),
+    ("pixels", 2, 192, "few"): _pixels(32, 64, 3),
+    ("pixels", 2, "wide", "few"): _pixels(32, 64, 1),
+    ("pixels", 2, 64, "many"): _pixels(64, 16, 3),
+    ("pixels", 2, 128, "many"): _pixels(128, 32, 1),
+    ("pixels", 2, 192, "many"): _pixels(128, 64, 1),
+    ("pixels", 2, "wide", "many"): _pixels(32, 64, 1),
+    ("pixels", 4, 64, "few"): _pixels(32, 16, 1, 2),
+    ("pixels", 4, 128, "few"): _pixels(32, 32, 1),
+    ("pixels", 4, 192, "few"): _pixels(32, 64, 1),
+    ("pixels", 4, "wide", "few"): _pixels(32, 32, 1),
+    ("pixels", 4, 64, "many"): _pixels(64, 16, 1),
+    ("pixels", 4, 128, "many"): _pixels(64, 32, 1),
+    ("pixels", 4, 192, "many"): _pixels(64, 64, 1),
+    ("pixels", 4, "wide", "many"): _pixels(32, 32, 1),
+    ("conv", 2, 64, "few"): _conv(16, 16, 64, 2, 4),
+    ("conv", 2, 128, "few"): _conv(16, 32, 64, 4, 4),
+    ("conv", 2, 192, "few"): _conv(16, 32, 64, 4, 4),
+    ("conv", 2, "wide", "few"): _conv(16, 64, 64, 4, 4),
+    ("conv", 2, 64, "many"): _conv(128, 32, 64),
+    ("conv", 2, 128, "many"): _conv(128, 64, 64),
+    ("conv", 2, 192, "many"): _conv(128, 32, 64),
+    ("conv", 2, "wide", "many"): _conv(128, 64, 64),
+    ("conv", 4, 64, "few"): _conv(16, 16, 32, 2),
+    ("conv", 4, 128, "few"): _conv(16, 32, 32),
+    ("conv", 4, 192, "few"): _conv(16, 32, 32),
+    ("conv", 4, "wide", "few"): _conv(16, 32, 32),
+    ("conv", 4, 64, "many"): _conv(64, 32, 32),
+    ("conv", 4, 128, "many"): _conv(64, 64, 32),
+    ("conv", 4, 192, "many"): _conv(64, 32, 32),
+    ("conv", 4, "wide", "many"): _conv(64, 64, 32),
+}
+# A float32 product of 64 rows becomes one in TF32 (Triton 3.7.1, tcgen05): fewer rows.
+_SM100 = _SM80 | {
+    ("pixels", 4, 64, "many"): _pixels(32, 16, 1, 2),
+    ("pixels", 4, 128, "many"): _pixels(32, 32, 1),
+    ("pixels", 4, 192, "many"): _pixels(32, 64, 1),
+}
+# sm_120 has no tcgen05.
+CONFIGS = Table(op="stem", rows={80: _SM80, 100: _SM100, 120: _SM80})
 
 
 def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
@@ -140,8 +143,8 @@ def stem_pixels_kernel(
 
     TAPS of conv2 at a time, 1 or a row of 3: their TAPS*C1 inputs, at most TC, come from patches of
     3 x COLS pixels. Grid (B * blocks of BT positions, blocks of BN channels).
-    With 3, taps meet pixels of their neighbours with weight 0: an infinite pixel gives NaN where
-    conv2 would have mixed infinities of one sign only. A position is spoiled in both or in neither.
+    With 3, taps meet their neighbours' pixels with weight 0. NaN spreads as it should; an infinite
+    pixel makes its positions of map 2 NaN, even those few that conv2 would leave at infinity or 0.
     """
     COLS: tl.constexpr = 2 * TAPS + 1
     dtype = w1_ptr.dtype.element_ty
