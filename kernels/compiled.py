@@ -335,6 +335,8 @@ def faults(key: tuple[str, ...], r: Resources) -> list[str]:
         found.append(f"{r.shared_bytes} bytes of shared memory, {limit} at most")
     if key[5] != "float32" and r.dots and not r.mma:
         found.append(f"{r.dots} matrix products without tensor cores")
+    if key[5] == "float32" and r.mma:  # tensor cores know no float32: they round it to TF32
+        found.append(f"{r.mma} matrix instructions, which round float32")
     return found
 
 
