@@ -203,7 +203,7 @@ def test_every_candidate(dtype, kernel):
     widths = (16, 144, 16, 80)
     s, w, x = patch_merge.Shape(*widths), random_weights(*widths), torch.randn(3, 11, 18, 16)
     for config in kernels.CANDIDATES(s, dtype)[kernel]:
-        check(s, w, x.to(dtype), dtype, config={kernel: config})
+        check(s, w, x.to(dtype), dtype, deterministic=True, config={kernel: config})
 
 
 @pytest.mark.parametrize("form", ["split", "fused"])
