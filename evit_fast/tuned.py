@@ -27,7 +27,8 @@ from typing import Any
 from evit_fast._version import __version__
 
 FORMAT = 1
-SOURCES = {"triton": ("kernels/{op}*.py", "kernels/dot.py")}  # what the rows of a column depend on
+# What the rows of a column depend on.
+SOURCES = {"triton": ("kernels/{op}*.py", "kernels/dot.py", "kernels/relu.py")}
 COMPILERS = {"triton": "triton"}  # column -> the package whose version decides speed
 
 Row = Mapping[str, Any]

@@ -30,10 +30,11 @@ from evit_fast.kernels.launches import (
     Launch,
     Table,
     cdiv,
+    launcher,
     parts,
     refusal,
-    run,
 )
+from evit_fast.kernels.relu import relu
 from evit_fast.ops.cga import Shape, Weights
 
 # float32 products take K in steps of STEP: FMAs want all of both operands in registers, and spill.
@@ -145,12 +146,6 @@ def linear(a0, a1, w_ptr, stride, acc, WIDE: tl.constexpr):
 def bias_rows(bias_ptr, R: tl.constexpr, N: tl.constexpr):
     """N float32 values as R equal rows: what an accumulator starts from.   [R, N]"""
     return tl.zeros((R, N), tl.float32) + tl.load(bias_ptr + tl.arange(0, N))[None, :]
-
-
-@triton.jit
-def relu(x):
-    """As torch.relu: NaN stays NaN."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -564,16 +559,4 @@ def plan(
     return launches
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w: Packed,
-    s: Shape,
-    space: torch.Tensor | None = None,
-    *,
-    arch: int,
-    deterministic: bool = False,
-    config: Mapping[str, Config] | None = None,
-) -> None:
-    """y = cga(x) on the current stream; see `plan`."""
-    run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
+launch = launcher(plan)

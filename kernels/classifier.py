@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from evit_fast.kernels.dot import dot
-from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, refusal, run
+from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, launcher, refusal
 from evit_fast.ops.classifier import Shape, Weights
 
 FEW_IMAGES = 64  # up to here 16 rows and few classes a program; more fill the card with wide tiles
@@ -186,16 +186,4 @@ def plan(
     ]
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w: Packed,
-    s: Shape,
-    space: torch.Tensor | None = None,
-    *,
-    arch: int,
-    deterministic: bool = False,
-    config: Config | None = None,
-) -> None:
-    """Launches plan(...) on the current stream."""
-    run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
+launch = launcher(plan)

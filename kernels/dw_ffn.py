@@ -31,9 +31,10 @@ from evit_fast.kernels.launches import (
     Launch,
     Table,
     cdiv,
+    launcher,
     refusal,
-    run,
 )
+from evit_fast.kernels.relu import relu
 from evit_fast.ops.dw_ffn import Shape, Weights
 
 PART = 128  # channels convolved at once; 256 would take another 40 registers at its worst moment
@@ -98,11 +99,6 @@ CONFIGS = Table(
         120: FIT_99_KIB,
     },
 )
-
-
-@triton.jit
-def relu(x):
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -324,16 +320,4 @@ def plan(
     return launches
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w: Packed,
-    s: Shape,
-    space: torch.Tensor | None = None,
-    *,
-    arch: int,
-    deterministic: bool = False,
-    config: Config | None = None,
-) -> None:
-    """Launches `plan` on the current stream."""
-    run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
+launch = launcher(plan)

@@ -7,7 +7,7 @@ device: `run()` launches it, the compile tests compile it for cards that are not
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,15 @@ def run(launches: list[Launch], wrap: Any = lambda kernel: kernel) -> None:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+
+
+def launcher(plan: Callable[..., list[Launch]]) -> Callable[..., None]:
+    """An op's `launch`: takes what its `plan` takes, and launches that on the current stream."""
+
+    def launch(*args: Any, **options: Any) -> None:
+        run(plan(*args, **options))
+
+    return launch
 
 
 def refusal(dtype: torch.dtype, arch: int) -> str | None:

@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 
 from evit_fast.kernels.dot import dot
-from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, refusal, run
+from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, launcher, refusal
 from evit_fast.kernels.patch_merge_fused import fused_kernel
-from evit_fast.kernels.patch_merge_hidden import hidden_block, image_sums, locate, relu
+from evit_fast.kernels.patch_merge_hidden import hidden_block, image_sums, locate
+from evit_fast.kernels.relu import relu
 from evit_fast.ops.patch_merge import Shape, Weights, out_hw
 
 FEW = 512  # outputs: 8 programs of 64 slots for each block of hidden channels
@@ -451,16 +452,4 @@ def _split(
     ]
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w: Packed,
-    s: Shape,
-    space: torch.Tensor | None = None,
-    *,
-    arch: int,
-    deterministic: bool = False,
-    config: Mapping[str, Config] | None = None,
-) -> None:
-    """Launches `plan` on the current stream."""
-    run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
+launch = launcher(plan)

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from evit_fast.kernels.dot import dot
-from evit_fast.kernels.patch_merge_hidden import hidden_block, image_sums, locate, relu
+from evit_fast.kernels.patch_merge_hidden import hidden_block, image_sums, locate
+from evit_fast.kernels.relu import relu
 
 
 @triton.jit

@@ -11,11 +11,7 @@ import triton
 import triton.language as tl
 
 from evit_fast.kernels.dot import dot
-
-
-@triton.jit
-def relu(x):
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+from evit_fast.kernels.relu import relu
 
 
 @triton.jit

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from evit_fast.kernels.dot import dot
-from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, refusal, run
+from evit_fast.kernels.launches import INTERPRETED, Config, Launch, Table, cdiv, launcher, refusal
+from evit_fast.kernels.relu import relu
 from evit_fast.ops.stem import Shape, Weights, out_hw
 
 FEW_TOKENS = 2048  # of the output: 10 images of 224 pixels; more give each SM a "many" program
@@ -101,12 +102,6 @@ def CANDIDATES(s: Shape, dtype: torch.dtype) -> dict[str, list[Config]]:
         + [_pixels(BT, BN, 3, warps) for BT in (16, 32, 64, 128) for warps in (4, 8)],
         "conv": [_conv(*size, 64, 4, stages) for size in sizes for stages in (2, 3, 5)],
     }
-
-
-@triton.jit
-def relu(x):
-    """max(x, 0); NaN stays NaN."""
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -360,16 +355,4 @@ def plan(
     return [pixels, third, fourth]
 
 
-def launch(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    w: Packed,
-    s: Shape,
-    space: torch.Tensor | None = None,
-    *,
-    arch: int,
-    deterministic: bool = False,
-    config: Mapping[str, Config] | None = None,
-) -> None:
-    """Launches plan(...) on the current stream."""
-    run(plan(y, x, w, s, space, arch=arch, deterministic=deterministic, config=config))
+launch = launcher(plan)
