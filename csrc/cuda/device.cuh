@@ -142,17 +142,19 @@ EVIT_DEVICE float high(u32 pair) {
 
 template <typename Vector>
 EVIT_DEVICE Vector load_vector(const void* p) {
-#if !defined(__CUDACC_RTC__)
-  emulator::require_aligned(p, sizeof(Vector));
-#endif
+#if defined(__CUDACC_RTC__)
   return *static_cast<const Vector*>(p);
+#else
+  return emulator::load<Vector>(p);
+#endif
 }
 template <typename Vector>
 EVIT_DEVICE void store_vector(void* p, Vector value) {
-#if !defined(__CUDACC_RTC__)
-  emulator::require_aligned(p, sizeof(Vector));
-#endif
+#if defined(__CUDACC_RTC__)
   *static_cast<Vector*>(p) = value;
+#else
+  emulator::store(p, value);
+#endif
 }
 EVIT_DEVICE u32x2 load_u32x2(const void* p) { return load_vector<u32x2>(p); }
 EVIT_DEVICE u32x4 load_u32x4(const void* p) { return load_vector<u32x4>(p); }

@@ -50,6 +50,7 @@ EVIT_DEVICE void mma_m8n8k4(float* d, const u32* a, const u32* b) {
       : "r"(a[0]), "r"(a[1]), "r"(b[0]), "r"(b[1]));
 #else
   const auto lanes = emulator::exchange(0xffffffffu, operands<2, 2>(a, b));
+  if (emulator::kCounts) return;
   const int lane = lane_id(), quad = (lane >> 2 & 3) * 4;
   for (int i = 0; i < 8; i++) {
     const int row = (lane & 1) + (i & 2) + (lane < 16 ? 0 : 4);
@@ -71,6 +72,7 @@ template <typename T, int K>
 EVIT_DEVICE void mma_m16n8(float* d, const u32* a, const u32* b) {
   using Lanes = Operands<K / 4, K / 8>;
   const auto lanes = emulator::exchange(0xffffffffu, operands<K / 4, K / 8>(a, b));
+  if (emulator::kCounts) return;
   const int lane = lane_id();
   for (int i = 0; i < 4; i++) {
     const int row = (lane >> 2) + (i >> 1) * 8, column = (lane & 3) * 2 + (i & 1);
@@ -134,10 +136,7 @@ EVIT_DEVICE void mma_m16n8k16(float*, const u32*, const u32*) {
 // matrix i/8 and gets, of each, row lane/4, columns lane%4*2 and +1. From sm_75.
 EVIT_DEVICE void ldmatrix_x4(u32* r, const void* row) {
 #if !defined(__CUDACC_RTC__)
-  emulator::require_aligned(row, 16);
-  u32x4 values;
-  __builtin_memcpy(&values, row, sizeof values);
-  const auto lanes = emulator::exchange(0xffffffffu, values);
+  const auto lanes = emulator::exchange(0xffffffffu, emulator::load<u32x4>(row));
   const int lane = lane_id();
   for (int i = 0; i < 4; i++) {
     const auto from = emulator::brought<Registers<4>>(lanes, i * 8 + (lane >> 2));

@@ -1,12 +1,20 @@
 // The emulator's runtime. Never compiled with -fsanitize: its own switching would be seen as races.
 // The sanitizers' entry points are weak, there only in a program that links one.
+//
+// For ThreadSanitizer the blocks of a launch are concurrent too, as on a card: each has shared
+// memory, stacks and barriers at addresses of its own, and only the launch's end waits for them.
 #include "emulator.h"
+
+#include "counts.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
+#include <deque>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -50,22 +58,9 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 constexpr int kSavedRegisters = 6;
-constexpr unsigned kUnordered =
-    1;  // a switch orders nothing: CUDA threads stay concurrent for TSan
-constexpr int kCopyBytes = 16;
+constexpr unsigned kUnordered = 1;  // a switch orders nothing: threads stay concurrent for TSan
 
 enum State : uint8_t { kRuns, kAtBlockBarrier, kAtCollective, kReturned };
-
-struct Copy {
-  void* to;
-  const void* from;  // null: zeros
-  int group;
-};
-
-// Assigned whole: a call of memcpy would be seen by TSan, as the scheduler's own access.
-struct Bytes {
-  uint64_t word[kExchangeBytes / 8];
-};
 
 struct Fibre : Thread {
   void* stack_pointer;
@@ -73,10 +68,10 @@ struct Fibre : Thread {
   State state;
   Where where;
   unsigned mask;  // of the collective it waits at
-  Bytes brings;
+  Bytes brings;   // assigned whole: a call of memcpy would be seen by TSan, as this thread's access
   unsigned char parity;  // of its collectives, for TSan
   int group;             // of the copies that it starts
-  std::vector<Copy> copies;
+  std::deque<Copy> copies;
   void* tsan;
   void* fake_stack;  // of ASan
 };
@@ -84,7 +79,12 @@ struct Fibre : Thread {
 struct Warp {
   Bytes brought[32];
   unsigned char parity[32];
-  char arrived[32][2];  // what TSan releases and acquires, one per lane and parity
+};
+
+// What TSan releases and acquires.
+struct Sync {
+  char barrier[2];                            // by parity
+  std::vector<std::array<char, 64>> arrived;  // by warp, lane and parity
 };
 
 struct Running : Block {
@@ -94,7 +94,9 @@ struct Running : Block {
   void* stack_pointer;  // of the scheduler
   const std::function<void()>* body;
   Counts counts;
-  char barrier[2], end;  // what TSan releases and acquires
+  std::vector<std::unique_ptr<Sync>> syncs;  // of the blocks; without TSan they share one
+  std::vector<void*> shared_blocks;          // not yet freed
+  char end;                                  // for TSan, as the above
   void* tsan;
   void* fake_stack;
   const void* stack_bottom;
@@ -194,10 +196,11 @@ void wait_at_collective(unsigned mask, Where where) {
   fibre->where = where;
   fibre->mask = mask;
   fibre->parity ^= 1;
-  release(&warp.arrived[lane][fibre->parity]);
+  auto& arrived = running->syncs.back()->arrived[fibre->rank / 32];
+  release(&arrived[lane * 2 + fibre->parity]);
   to_scheduler();
   for (int i = 0; i < 32; i++) {
-    if (mask >> i & 1) acquire(&warp.arrived[i][warp.parity[i]]);
+    if (mask >> i & 1) acquire(&arrived[i * 2 + warp.parity[i]]);
   }
 }
 
@@ -258,7 +261,9 @@ bool run_warp(Running& b, int index, Order order, std::mt19937& random) {
       progress = any = true;
       resume(lanes[i]);
     }
-    progress |= complete_collectives(b.warps[index], lanes, size);
+    if (!complete_collectives(b.warps[index], lanes, size)) continue;
+    progress = true;
+    if constexpr (kCounts) count_step(index);
   }
   return any;
 }
@@ -278,6 +283,9 @@ bool finish_step(Running& b, bool any_ran) {
       fail("threads wait at different block barriers", fibre.where, fibre.rank);
     }
   }
+  if constexpr (kCounts) {
+    for (size_t i = 0; i < b.warps.size(); i++) count_step(static_cast<int>(i));
+  }
   if (returned == b.threads) return true;
   if (first && returned) {
     fail("a block barrier after other threads returned", first->where, first->rank);
@@ -290,8 +298,42 @@ bool finish_step(Running& b, bool any_ran) {
   return false;
 }
 
+void map_stacks(Running& b) {
+  for (Fibre& fibre : b.fibres) {
+    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (stack == MAP_FAILED) abort();
+    fibre.stack = static_cast<char*>(stack);
+  }
+}
+
+void unmap_stacks(Running& b) {
+  for (Fibre& fibre : b.fibres) munmap(fibre.stack, kStackBytes);
+}
+
+// Memory that the next block alone uses.
+void new_memory(Running& b) {
+  // Of the exact size, so that AddressSanitizer sees its end; NaN in every float format.
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, b.shared_bytes) != 0) abort();
+  memset(shared, 0xFF, b.shared_bytes);
+  b.shared = static_cast<unsigned char*>(shared);
+  b.shared_blocks.push_back(shared);
+  if (b.syncs.empty() || __tsan_acquire) {
+    b.syncs.push_back(std::make_unique<Sync>());
+    b.syncs.back()->arrived.resize(b.warps.size());
+  }
+}
+
+void free_shared(Running& b) {
+  for (void* shared : b.shared_blocks) free(shared);
+  b.shared_blocks.clear();
+}
+
 void run_block(Running& b, Order order, std::mt19937& random) {
   if (__tsan_get_current_fiber) b.tsan = __tsan_get_current_fiber();
+  if constexpr (kCounts) count_block(b.threads);
+  new_memory(b);
   for (int i = 0; i < b.threads; i++) begin(b.fibres[i], i, b.size);
   Permutation warp_order(static_cast<int>(b.warps.size()), order);
   for (bool done = false; !done;) {
@@ -299,10 +341,11 @@ void run_block(Running& b, Order order, std::mt19937& random) {
     for (const int warp : warp_order.next(random)) any |= run_warp(b, warp, order, random);
     done = finish_step(b, any);
   }
-  acquire(&b.end);
-  if (__tsan_destroy_fiber) {
-    for (Fibre& fibre : b.fibres) __tsan_destroy_fiber(fibre.tsan);
-  }
+  b.counts.blocks++;
+  if (!__tsan_destroy_fiber) return free_shared(b);
+  for (Fibre& fibre : b.fibres) __tsan_destroy_fiber(fibre.tsan);
+  unmap_stacks(b);
+  map_stacks(b);
 }
 
 }  // namespace
@@ -311,7 +354,7 @@ void sync_block(Where where) {
   Fibre* fibre = self();
   fibre->state = kAtBlockBarrier;
   fibre->where = where;
-  char* parity = &running->barrier[running->counts.block_barriers & 1];
+  char* parity = &running->syncs.back()->barrier[running->counts.block_barriers & 1];
   release(parity);
   to_scheduler();
   acquire(parity);
@@ -319,39 +362,30 @@ void sync_block(Where where) {
 
 void sync_warp(unsigned mask, Where where) { wait_at_collective(mask, where); }
 
-Exchanged exchange_bytes(unsigned mask, const void* bytes, int count, Where where) {
+Exchanged exchange_bytes(unsigned mask, const Bytes& bytes, Where where) {
   Fibre* fibre = self();
-  memcpy(&fibre->brings, bytes, static_cast<size_t>(count));
+  fibre->brings = bytes;
   wait_at_collective(mask, where);
   return reinterpret_cast<Exchanged>(running->warps[fibre->rank / 32].brought);
 }
 
-void copy_async(void* shared, const void* global, bool inside, Where where) {
+void start_copy(void* to, const void* from, Where where) {
   Fibre* fibre = self();
-  require_aligned(shared, kCopyBytes, where);
-  if (inside) require_aligned(global, kCopyBytes, where);
   fibre->where = where;
-  memset(shared, 0xFF, kCopyBytes);
-  fibre->copies.push_back({shared, inside ? global : nullptr, fibre->group});
+  fibre->copies.push_back({to, from, fibre->group});
 }
 
 void commit_copies() { self()->group++; }
 
-void wait_copies(int groups_in_flight) {
+bool next_complete(int groups_in_flight, Copy& copy) {
   Fibre* fibre = self();
   // Copies that no commit closed belong to the group that is still open, which no wait reaches.
-  const int complete = fibre->group - groups_in_flight;
-  auto keep = fibre->copies.begin();
-  for (const Copy& copy : fibre->copies) {
-    if (copy.group >= complete) {
-      *keep++ = copy;
-    } else if (copy.from) {
-      memcpy(copy.to, copy.from, kCopyBytes);
-    } else {
-      memset(copy.to, 0, kCopyBytes);
-    }
+  if (fibre->copies.empty() || fibre->copies.front().group >= fibre->group - groups_in_flight) {
+    return false;
   }
-  fibre->copies.erase(keep, fibre->copies.end());
+  copy = fibre->copies.front();
+  fibre->copies.pop_front();
+  return true;
 }
 
 void require_aligned(const void* address, size_t bytes, Where where) {
@@ -367,31 +401,23 @@ Counts run(const Launch& launch, const std::function<void()>& body) {
   b.threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
   b.fibres.resize(b.threads);
   b.warps.resize((b.threads + 31) / 32);
+  b.shared_bytes = launch.shared_bytes;
   b.body = &body;
-  for (Fibre& fibre : b.fibres) {
-    void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) abort();
-    fibre.stack = static_cast<char*>(stack);
-  }
+  map_stacks(b);
   std::mt19937 random(launch.seed);
   running = &b;
   block = &b;
   const Index& grid = launch.grid;
   for (unsigned i = 0; i < grid.x * grid.y * grid.z; i++) {
     b.index = {i % grid.x, i / grid.x % grid.y, i / (grid.x * grid.y)};
-    // Of the exact size, so that AddressSanitizer sees its end; NaN in every float format.
-    void* shared = nullptr;
-    if (posix_memalign(&shared, 128, launch.shared_bytes) != 0) abort();
-    b.shared = static_cast<unsigned char*>(shared);
-    memset(b.shared, 0xFF, launch.shared_bytes);
     run_block(b, launch.order, random);
-    free(b.shared);
-    b.counts.blocks++;
   }
+  acquire(&b.end);
+  free_shared(b);
+  unmap_stacks(b);
   running = nullptr;
   block = nullptr;
-  for (Fibre& fibre : b.fibres) munmap(fibre.stack, kStackBytes);
+  thread = nullptr;
   return b.counts;
 }
 

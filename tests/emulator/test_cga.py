@@ -3,86 +3,20 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from evit_fast.cuda import cga as cuda
-from evit_fast.cuda.kernels import KINDS, family
+from evit_fast.cuda.kernels import KINDS
 from evit_fast.ops import cga
-from evit_fast.program import map_arrays
-from tests.close import assert_close, budget, relative_error
-from tests.emulator.building import ORDERS, emulate, library
+from tests.emulator.building import ORDERS, library
+from tests.emulator.cases import check, run, targets
 from tests.ops.eager import Case, cases
 from tests.ops.test_cga import random_weights
 
-CANARY = 77
-EDGE = 64  # elements on either side of a buffer
-
-TARGETS = {
-    "sm_70-f16": (70, torch.float16),
-    "sm_80-f16": (80, torch.float16),
-    "sm_75-f16": (75, torch.float16),
-    "sm_80-bf16": (80, torch.bfloat16),
-    "f32": (70, torch.float32),
-}
-USUAL = ("sm_70-f16", "sm_80-f16")  # of `make test`; the others are marked full
 MODELS = ("M0.0", "M0.2", "M5.0")
 TINY = cga.Shape(32, 2, 16, 3, (3, 1))  # 9 tokens a window: compiles fast
-
-
-class Run(NamedTuple):
-    y: Tensor
-    want: Tensor
-    eager_error: float
-
-
-def guarded(count: int, dtype: torch.dtype, fill: float) -> tuple[Tensor, Tensor]:
-    """(`count` elements full of `fill`, the same with canaries on both sides)."""
-    whole = torch.full((count + 2 * EDGE,), CANARY, dtype=dtype)
-    inside = whole[EDGE : EDGE + count]
-    inside.fill_(fill)
-    return inside, whole
-
-
-def run(
-    s: cga.Shape,
-    w: cga.Weights,
-    x: Tensor,
-    arch: int,
-    dtype: torch.dtype,
-    *,
-    order: str = "ascending",
-    deterministic: bool = False,
-    y_dtype: torch.dtype | None = None,
-) -> Run:
-    """x in its own dtype; y and scratch poisoned with NaN, canaries on both sides."""
-    B, H, W, _ = x.shape
-    assert cuda.supports(s, dtype, arch) is None
-    packed = cuda.prepare(w, s, dtype, family(arch, dtype))
-    y, y_whole = guarded(x.numel(), y_dtype or x.dtype, float("nan"))
-    space, space_whole = guarded(cuda.scratch(s, dtype, B, H, W), torch.uint8, 255)
-    y = y.view(x.shape)
-    launches = cuda.plan(y, x, packed, s, space, arch=arch, deterministic=deterministic)
-    emulate(launches, order, seed=1)
-    for whole in (y_whole, space_whole):
-        assert (whole[:EDGE] == CANARY).all() and (whole[-EDGE:] == CANARY).all(), "out of bounds"
-    want = cga.reference(x.double(), w, s)
-    in_dtype = cga.reference(x.to(dtype), map_arrays(w, lambda a: a.to(dtype)), s)
-    return Run(y, want, relative_error(in_dtype, want))
-
-
-def check(r: Run, dtype: torch.dtype) -> None:
-    assert_close(r.y, r.want, budget(dtype, r.eager_error), "cga")
-
-
-def targets(usual: tuple[str, ...] = USUAL) -> list:
-    return [
-        pytest.param(*target, id=name, marks=() if name in usual else pytest.mark.full)
-        for name, target in TARGETS.items()
-    ]
 
 
 def model_cases() -> list:
@@ -104,7 +38,7 @@ def model_cases() -> list:
 @pytest.mark.parametrize(("case", "order"), model_cases())
 def test_equals_reference(case: Case, order: str, arch: int, dtype: torch.dtype):
     x = torch.randn(1, case.side, case.side, case.shape.C).to(dtype)
-    check(run(case.shape, case.weights, x, arch, dtype, order=order), dtype)
+    check(run(case.shape, case.weights, x, arch, dtype, order=order))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -113,14 +47,14 @@ def test_equals_reference(case: Case, order: str, arch: int, dtype: torch.dtype)
 @pytest.mark.parametrize("size", [(7, 7), (5, 9), (1, 1)], ids=lambda v: "{}x{}".format(*v))
 def test_ragged_maps(size: tuple[int, int], B: int, arch: int, dtype: torch.dtype, order: str):
     w = random_weights(TINY)
-    check(run(TINY, w, torch.randn(B, *size, TINY.C).to(dtype), arch, dtype, order=order), dtype)
+    check(run(TINY, w, torch.randn(B, *size, TINY.C).to(dtype), arch, dtype, order=order))
 
 
 @pytest.mark.parametrize(("arch", "dtype"), targets(("sm_70-f16",)))
 @pytest.mark.parametrize("window", [pytest.param(9, marks=pytest.mark.full), 14])
 def test_more_than_64_tokens(window: int, arch: int, dtype: torch.dtype):
     s = cga.Shape(32, 2, 16, window, (5, 3))
-    check(run(s, random_weights(s), torch.randn(1, 8, 17, s.C).to(dtype), arch, dtype), dtype)
+    check(run(s, random_weights(s), torch.randn(1, 8, 17, s.C).to(dtype), arch, dtype))
 
 
 @pytest.mark.parametrize(("arch", "dtype"), targets(("sm_80-f16",)))
@@ -128,7 +62,7 @@ def test_same_bits_for_every_batch(arch: int, dtype: torch.dtype):
     s = cga.Shape(128, 2, 16, 4, (5, 3))  # four windows to a block, the last block has fewer
     w, x = random_weights(s), torch.randn(5, 4, 6, s.C).to(dtype)
     whole = run(s, w, x, arch, dtype, deterministic=True)
-    check(whole, dtype)
+    check(whole)
     for B in (1, 3):
         assert torch.equal(run(s, w, x[:B], arch, dtype, deterministic=True).y, whole.y[:B])
     # Configs differ in who sums, never in the order of a sum.
@@ -144,7 +78,7 @@ def test_any_kind_in_and_out(fused: bool, arch: int, dtype: torch.dtype):
     assert (cuda.scratch(s, dtype, 1, 5, 5) == 0) == fused
     w, x = random_weights(s), torch.randn(1, 5, 6, s.C)
     for x_dtype, y_dtype in ((torch.float32, dtype), (dtype, torch.float32)):
-        check(run(s, w, x.to(x_dtype), arch, dtype, y_dtype=y_dtype), dtype)
+        check(run(s, w, x.to(x_dtype), arch, dtype, y_dtype=y_dtype))
 
 
 @pytest.mark.parametrize(("arch", "dtype"), targets())
@@ -163,7 +97,7 @@ def test_nan_and_inf_fill_their_window_alone(value: float, arch: int, dtype: tor
 @pytest.mark.parametrize(("arch", "dtype"), targets())
 def test_widely_spread_scores(arch: int, dtype: torch.dtype):
     w = random_weights(TINY, spread=60.0)
-    check(run(TINY, w, torch.randn(2, 6, 6, TINY.C).to(dtype), arch, dtype), dtype)
+    check(run(TINY, w, torch.randn(2, 6, 6, TINY.C).to(dtype), arch, dtype))
 
 
 def test_no_images():
