@@ -1,7 +1,6 @@
 """Triton stem in the interpreter against the float64 reference.
 
-The interpreter has no bfloat16 arithmetic and cuts a float32 to bfloat16 instead of rounding it:
-products run on float32 copies, and errors are twice those of a card.
+The interpreter has no bfloat16 arithmetic: products run on float32 copies, there alone.
 """
 
 from __future__ import annotations
