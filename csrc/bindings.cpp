@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings_cuda.h"
 #include "common/container.h"
 #include "common/crc32.h"
 #include "common/grammar.h"
@@ -265,7 +266,7 @@ py::tuple ceiling(const std::string& loop, const std::string& isa, int64_t steps
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native library of evit_fast: programs, packed weights and the CPU column.";
+  m.doc() = "Native library of evit_fast: programs, packed weights, the CPU column, CUDA launches.";
   m.def("grammar", &grammar, "Fields and legal ranges of every op, in canonical order.");
   m.def("layout", &layout, py::arg("line"),
         "Sections of an op: name, kind, natural dims, dtype, offset, bytes.");
@@ -313,4 +314,5 @@ PYBIND11_MODULE(_native, m) {
   m.def(
       "read_file", [](const std::string& path) { return std::make_unique<File>(path); },
       py::arg("path"), "Maps a saved model; ValueError names what is wrong with it.");
+  bind_cuda(m);
 }

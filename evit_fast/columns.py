@@ -50,22 +50,17 @@ class Settings(NamedTuple):
 
 @lru_cache(maxsize=256)
 def choose(program: str, place: gpu.Place, backend: str = "auto") -> tuple[str, str]:
-    """(column, reason) for a program on a device. reason: why the reference runs it, or with
-    "triton" some of its ops; empty where the column is the fastest there is.
+    """(column, reason) for a program on a device; "triton" where it is walked on a GPU and any op
+    is Triton's, "cuda" where none is. reason: why the reference runs it, or some of its ops.
 
     ValueError: unknown backend. NotImplementedError: that backend cannot run this program here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "cuda":
-        raise NotImplementedError(
-            "backend='cuda': this version has no cuda column; use backend='auto', 'triton', 'cpu' "
-            "or 'reference'"
-        )
     if backend == "reference":
         return "reference", "backend='reference' was asked for"
-    if backend == "triton" or (backend == "auto" and place.kind == "cuda"):
-        column, why = _choose_triton(program, place)
+    if backend in ("triton", "cuda") or (backend == "auto" and place.kind == "cuda"):
+        column, why = _choose_gpu(program, place, backend)
     else:
         column, why = _choose_cpu(program, place)
     if why and backend != "auto":
@@ -73,14 +68,13 @@ def choose(program: str, place: gpu.Place, backend: str = "auto") -> tuple[str, 
     return column, why
 
 
-def _choose_triton(program: str, place: gpu.Place) -> tuple[str, str]:
+def _choose_gpu(program: str, place: gpu.Place, backend: str) -> tuple[str, str]:
     if place.kind not in ("cuda", "cpu"):
         return "reference", f"no column for {place.kind} devices in this version"
-    if place.missing:
-        return "reference", place.missing
-    ops = walker.columns(program, place.arch)
-    why = next((op.reason for op in ops if op.reason), "")
-    return ("triton" if any(op.name == "triton" for op in ops) else "reference"), why
+    ops = walker.columns(program, place, backend)
+    why = next((op.reason for op in ops if op.name == "reference"), "")
+    names = {op.name for op in ops}
+    return next(name for name in ("triton", "cuda", "reference") if name in names), why
 
 
 def _choose_cpu(program: str, place: gpu.Place) -> tuple[str, str]:
@@ -220,8 +214,8 @@ def _forward(
     column, _ = choose(program, place, backend)
     if column == "reference":
         y = programs.run_reference(x, program, blob)
-    elif column == "triton":
-        y = walker.run(x, program, blob, place, graphs, deterministic)
+    elif column in ("triton", "cuda"):
+        y = walker.run(x, program, blob, place, graphs, deterministic, backend)
     else:
         if x.dtype != torch.uint8 and x.dtype != torch.float32:
             x = x.float()

@@ -193,6 +193,11 @@ class Cache:
         newest_first = sorted(names, key=lambda n: [int(x) for x in re.findall(r"\d+", n)[-2:]])
         return next((code for n in newest_first[::-1] if (code := self._read(n, warn=True))), None)
 
+    def holds(self, arch: int | str) -> bool:
+        """Whether there is any entry for an architecture."""
+        pattern = f"*-{nvrtc.arch_name(arch)}-*.cubin"
+        return not self.why and next(self.folder.glob(pattern), None) is not None
+
     def _read(self, entry: str, warn: bool = False) -> bytes | None:
         """None: missing, damaged, or not a plain file of this user."""
         path = self.path(entry)

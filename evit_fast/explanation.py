@@ -70,19 +70,14 @@ def explain(model: nn.Module) -> Explanation:
     place = gpu.place(blob.device)
     column, why = columns.choose(program, place, model.options.backend)
     ops = programs.parse(program)
+    backend = model.options.backend
+    if column in ("triton", "cuda") or (place.kind == "cuda" and backend != "reference"):
+        notes = walker.failures(blob)
+        chosen = walker.columns(program, place, backend)
+        rows = (_gpu_row(op, c, place, notes) for op, c in zip(ops, chosen, strict=True))
+        return Explanation(tuple(rows))
     if column == "reference":
         return Explanation(tuple(_reference_row(op, why) for op in ops))
-    if column == "triton":
-        notes = walker.failures(blob)
-        chosen = walker.columns(program, place.arch)
-        return Explanation(
-            tuple(
-                _triton_row(op, place, notes)
-                if column.name == "triton"
-                else _reference_row(op, column.reason)
-                for op, column in zip(ops, chosen, strict=True)
-            )
-        )
     why = why or _isa_reason()
     return Explanation(
         tuple(
@@ -103,17 +98,21 @@ def _reference_row(op: programs.Op, why: str) -> Row:
     )
 
 
-def _triton_row(op: programs.Op, place: gpu.Place, notes: list[str]) -> Row:
-    rows = walker.kernel(op.name).CONFIGS.arch(place.arch)
-    if rows != place.arch:
-        notes = [f"rows of sm_{rows} serve sm_{place.arch}", *notes]
+def _gpu_row(op: programs.Op, column: walker.Column, place: gpu.Place, notes: list[str]) -> Row:
+    if column.name == "reference":
+        return _reference_row(op, column.reason)
+    file, says = f"csrc/cuda/{op.name}.cuh", [column.reason, walker.undecided(op, place)]
+    if column.name == "triton":
+        file = f"kernels/{op.name}.py"
+        rows = walker.kernel(op.name).CONFIGS.arch(place.arch)
+        says.append(f"rows of sm_{rows} serve sm_{place.arch}" if rows != place.arch else "")
     return Row(
         op.line,
-        "triton",
-        f"kernels/{op.name}.py: " + ", ".join(walker.kernels_of(op, place.arch)),
+        column.name,
+        f"{file}: " + ", ".join(walker.kernels_of(op, column.name, place.arch)),
         "interpreter" if place.interpreted else f"sm_{place.arch}",
         dtype_name(op.dtype),
-        "; ".join(notes),
+        "; ".join(filter(None, [*says, *notes])),
     )
 
 

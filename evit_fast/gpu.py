@@ -99,6 +99,10 @@ class Cuda:
         """`stream` is the current one of its device inside, and its device the current one."""
         return torch.cuda.stream(stream)
 
+    def handle(self, stream: torch.cuda.Stream) -> int:
+        """The driver's handle of a stream."""
+        return stream.cuda_stream
+
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
 

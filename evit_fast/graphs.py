@@ -18,7 +18,7 @@ import torch
 from evit_fast import gpu
 
 if TYPE_CHECKING:
-    from evit_fast.walker import Walk
+    from evit_fast.walk import Walk
 
 GRAPHS_KEPT = 16
 KEYS_KEPT = 256
@@ -42,6 +42,7 @@ class Key(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     deterministic: bool
+    backend: str
 
 
 class Graph:

@@ -70,7 +70,7 @@ class Options:
                 f"strict=True: only the reference column can run this here ({why}); "
                 "use strict=False to accept it"
             )
-        if self.graphs and (column != "triton" or place.kind != "cuda"):
+        if self.graphs and (column not in ("triton", "cuda") or place.kind != "cuda"):
             raise NotImplementedError(
                 f"graphs=True: CUDA graphs need a kernel column on a CUDA device, but the {column} "
                 f"column runs this on {blob.device}; leave graphs at None"
@@ -80,5 +80,5 @@ class Options:
                 f"deterministic=True: only the reference column can run this here ({why}), which "
                 f"promises no such thing on {blob.device}; use deterministic=False"
             )
-        if column == "triton":
-            walker.upload(program, blob, place)
+        if column in ("triton", "cuda"):
+            walker.upload(program, blob, place, self.backend)

@@ -1,12 +1,13 @@
 """What `evit-fast tune` found on this machine: rows that replace committed ones.
 
     row("triton", "cga", 90, ("window", 2))    {"tiles": {...}, "num_warps": 8, ...} or None
+    row("cuda", "cga", 90, "cga C=192 ..")     {"tiles": {}, "cuda_ns": 90, "triton_ns": 100}
 
-A kernel file asks for the tiles of a shape class on an architecture; a row found here comes before
-the committed one. The file is tuned.json in $EVIT_FAST_CACHE, else in the user's cache folder; it
-is read once a process. A row counts only for the version of this package, of the column's compiler
-and of the source of the kernel that it was measured with. EVIT_FAST_TUNED=0: committed rows only.
-Nothing here measures.
+A kernel file asks for the tiles of a shape class on an architecture, preferred.py for the times of
+the two GPU columns; a row found here comes before the committed one. The file is tuned.json in
+$EVIT_FAST_CACHE, else in the user's cache folder; it is read once a process. A row counts only for
+the version of this package, of the column's compiler and of the source of the kernel that it was
+measured with. EVIT_FAST_TUNED=0: committed rows only. Nothing here measures.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from evit_fast._version import __version__
 
 FORMAT = 1
 # What the rows of a column depend on.
-SOURCES = {"triton": ("kernels/{op}*.py", "kernels/dot.py", "kernels/relu.py")}
-COMPILERS = {"triton": "triton"}  # column -> the package whose version decides speed
+_TRITON = ("kernels/{op}*.py", "kernels/dot.py", "kernels/relu.py")
+SOURCES = {"triton": _TRITON, "cuda": (*_TRITON, "cuda/{op}.py", "cuda/kernels.py")}
+# Column -> the packages whose versions decide speed. "cuda" compares it with triton.
+COMPILERS = {"triton": ("triton",), "cuda": ("triton", "nvidia-cuda-nvrtc-cu12")}
 
 Row = Mapping[str, Any]
 Key = tuple[str, str, int, str]  # column, op, architecture, repr of the shape class
@@ -153,9 +156,17 @@ def _measured_with(column: str, op: str) -> str:
         found = [f for place in (root, root.parent) for f in place.glob(pattern.format(op=op))]
         for source in sorted(found):
             digest.update(source.read_bytes())
-    compiler = COMPILERS[column]
+    if column == "cuda":
+        from evit_fast.cuda.sources import headers
+
+        for text in headers(f'#include "{op}.cuh"\n').values():
+            digest.update(text.encode())
+    compilers = " ".join(f"{name} {_version(name)}" for name in COMPILERS[column])
+    return f"evit_fast {__version__} {compilers} {digest.hexdigest()[:12]}"
+
+
+def _version(package: str) -> str:
     try:
-        version = importlib.metadata.version(compiler)
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    return f"evit_fast {__version__} {compiler} {version} {digest.hexdigest()[:12]}"
+        return "none"

@@ -20,21 +20,27 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from evit_fast import _native, gpu
+from evit_fast import _native, gpu, preferred
 from evit_fast import program as programs
+from evit_fast.cuda import column as cuda
+from evit_fast.cuda import modules
 from evit_fast.graphs import Graph, Key, Table
 from evit_fast.ops import OPS
 from evit_fast.ops.line import LineShape
+from evit_fast.walk import Step, Walk
 
 GRAPH_BATCH = 64  # up to here a forward takes less time on the GPU than its launches on the CPU
 PROGRAMS_KEPT = 64  # per blob: a model and its slices
-LAYOUTS_KEPT = 256  # per program
-ALIGNMENT = 256  # in the workspace; torch gives memory on a device at least as aligned
 
 
 def kernel(name: str) -> Any:
     """The Triton module of an op. ImportError: no Triton that works here."""
     return importlib.import_module(f"evit_fast.kernels.{name}")
+
+
+def cuda_kernel(name: str, arch: int) -> cuda.Kernels:
+    """The CUDA kernels of an op. ImportError: this version has none."""
+    return cuda.kernels(name, arch)
 
 
 class Reference:
@@ -70,126 +76,71 @@ class Reference:
 class Column(NamedTuple):
     """Who runs one op, and what rules out a faster one."""
 
-    name: str  # triton or reference
+    name: str  # triton, cuda or reference
     reason: str
 
 
 @lru_cache(maxsize=256)
-def columns(program: str, arch: int) -> tuple[Column, ...]:
-    """The column of each op on an NVIDIA GPU of that architecture, with Triton installed."""
-    return tuple(_column(op, arch) for op in programs.parse(program))
+def columns(program: str, place: gpu.Place, backend: str = "auto") -> tuple[Column, ...]:
+    """The column of each op on an NVIDIA GPU. backend: auto, triton or cuda."""
+    return tuple(_column(op, place, backend) for op in programs.parse(program))
 
 
-def _column(op: programs.Op, arch: int) -> Column:
+def _column(op: programs.Op, place: gpu.Place, backend: str) -> Column:
+    names = [backend]
+    if backend == "auto":
+        first = preferred.column(op, place.arch)
+        names = [first, "triton" if first == "cuda" else "cuda"]
+    refused = []
+    for name in names:
+        why = _REFUSALS[name](op, place)
+        if not why:
+            return Column(name, "; ".join(refused))
+        refused.append(why)
+    return Column("reference", "; ".join(refused))
+
+
+def _without_triton(op: programs.Op, place: gpu.Place) -> str:
+    if place.missing:
+        return place.missing
     try:
-        why = kernel(op.name).supports(op.shape, op.dtype, arch)
+        return kernel(op.name).supports(op.shape, op.dtype, place.arch) or ""
     except ImportError as e:
-        why = f"triton: {type(e).__name__}: {e}".split("\n")[0]
-    return Column("reference", why) if why else Column("triton", "")
+        return f"triton: {type(e).__name__}: {e}".split("\n")[0]
 
 
-def kernels_of(op: programs.Op, arch: int) -> list[str]:
+def _without_cuda(op: programs.Op, place: gpu.Place) -> str:
+    if place.kind != "cuda":
+        return "cuda: the kernels need a CUDA device"
+    try:
+        kernels = cuda_kernel(op.name, place.arch)
+    except ModuleNotFoundError:
+        return f"cuda: this version has no kernel for {op.name}"
+    return kernels.supports(op.shape, op.dtype, place.arch) or modules.missing(place.arch)
+
+
+_REFUSALS = {"triton": _without_triton, "cuda": _without_cuda}
+
+
+def undecided(op: programs.Op, place: gpu.Place) -> str:
+    """What there is to say of the choice between two columns that both could run the op."""
+    note = preferred.note(op, place.arch)
+    return note if note and not any(why(op, place) for why in _REFUSALS.values()) else ""
+
+
+def kernels_of(op: programs.Op, column: str, arch: int) -> list[str]:
     """Names of the kernels that one map of 14 x 14 tokens takes, or one image of 224 x 224."""
-    module, meta = kernel(op.name), torch.device("meta")
+    native = column == "cuda"
+    module = cuda_kernel(op.name, arch) if native else kernel(op.name)
+    meta = torch.device("meta")
     blob = torch.empty(_native.op_bytes(op.line) + op.at, dtype=torch.uint8, device=meta)
     weights = module.prepare(programs.unpack(op, blob, keep=False), op.shape, op.dtype)
     C = op.shape.channels_in
     x = torch.empty((1, C, 224, 224) if op.name == "stem" else (1, 14, 14, C), device=meta)
     y, space = Walk(op.line, (Step(op, module, weights),), arch).buffers(x)
     plan = module.plan(y, x, weights, op.shape, space if space.numel() else None, arch=arch)
-    return list(dict.fromkeys(launch.kernel.__name__ for launch in plan))
-
-
-# ------------------------------------------------------------------ one program over one blob
-
-
-class Step(NamedTuple):
-    """One op with its weights as its column reads them."""
-
-    op: programs.Op
-    module: Any
-    weights: Any
-
-
-class Map(NamedTuple):
-    """Where one op writes: shape, and bytes of the workspace for the map (None: it writes the
-    result, which lies elsewhere) and for scratch (None: it needs none).
-    """
-
-    shape: tuple[int, ...]
-    at: slice | None
-    scratch: slice | None
-
-
-class Layout(NamedTuple):
-    """Bytes of a workspace, and one Map per op."""
-
-    nbytes: int
-    maps: tuple[Map, ...]
-
-
-class Walk:
-    """A program whose weights are on the device."""
-
-    def __init__(self, program: str, steps: tuple[Step, ...], arch: int) -> None:
-        self.program = program
-        self.steps = steps
-        self.arch = arch
-        self._layouts: dict[tuple[int, ...], Layout] = {}
-
-    def layout(self, x_shape: tuple[int, ...]) -> Layout:
-        found = self._layouts.get(x_shape)
-        if found is None:
-            if len(self._layouts) >= LAYOUTS_KEPT:
-                self._layouts.clear()
-            found = self._layouts[x_shape] = self._lay_out(x_shape)
-        return found
-
-    def _lay_out(self, x_shape: tuple[int, ...]) -> Layout:
-        shapes, nbytes, scratch = [], [], []
-        for step, (op, shape, out) in zip(
-            self.steps, programs.walk(self.program, x_shape), strict=True
-        ):
-            H, W = shape[2:] if op.name == "stem" else shape[1:3]
-            shapes.append(tuple(out))
-            nbytes.append(torch.Size(out).numel() * op.dtype.itemsize)
-            scratch.append(step.module.scratch(op.shape, op.dtype, shape[0], H, W))
-        nbytes.pop()  # the result
-        odd = _aligned(max(nbytes[::2], default=0))  # begin of the maps with odd numbers
-        end = odd + _aligned(max(nbytes[1::2], default=0))
-        places = [slice(odd * (i % 2), odd * (i % 2) + n) for i, n in enumerate(nbytes)]
-        spaces = [slice(end, end + n) if n else None for n in scratch]
-        maps = map(Map, shapes, [*places, None], spaces)
-        return Layout(end + _aligned(max(scratch)), tuple(maps))
-
-    def buffers(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A result for x in x's dtype (uint8: float32), and a workspace; nothing is in them."""
-        nbytes, maps = self.layout(tuple(x.shape))
-        dtype = x.dtype if x.is_floating_point() else torch.float32
-        y = torch.empty(maps[-1].shape, dtype=dtype, device=x.device)
-        return y, torch.empty(nbytes, dtype=torch.uint8, device=x.device)
-
-    def launch(
-        self, y: torch.Tensor, x: torch.Tensor, space: torch.Tensor, deterministic: bool
-    ) -> None:
-        """Every op, on the current stream of the current device. y never shares memory with x."""
-        for step, at in zip(self.steps, self.layout(tuple(x.shape)).maps, strict=True):
-            op = step.op
-            out = y if at.at is None else space[at.at].view(op.dtype).view(at.shape)
-            step.module.launch(
-                out,
-                x,
-                step.weights,
-                op.shape,
-                None if at.scratch is None else space[at.scratch],
-                arch=self.arch,
-                deterministic=deterministic,
-            )
-            x = out
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    kernels = (launch.kernel for launch in plan)
+    return list(dict.fromkeys(k.name if native else k.__name__ for k in kernels))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -210,25 +161,29 @@ class Upload:
         self.graphs = Table()
         self.pinned: list[dict[str, Any]] = []  # weights that a graph of the user's reads
         self._lock = threading.RLock()
-        self._weights: dict[str, Any] = {}  # by line: a model and its slices share them
-        self._walks: dict[tuple[str, int], Walk] = {}
+        # By line and column: a model and its slices share them.
+        self._weights: dict[tuple[str, str], Any] = {}
+        self._walks: dict[tuple[str, gpu.Place, str], Walk] = {}
         self._streams: set[Any] = set()
 
-    def has(self, program: str, arch: int) -> bool:
-        return (program, arch) in self._walks
+    def has(self, program: str, place: gpu.Place, backend: str) -> bool:
+        return (program, place, backend) in self._walks
 
-    def walk(self, runtime: gpu.Cuda, program: str, blob: torch.Tensor, arch: int) -> Walk:
+    def walk(
+        self, runtime: gpu.Cuda, program: str, blob: torch.Tensor, place: gpu.Place, backend: str
+    ) -> Walk:
         """The program over these weights, which are on the device when this returns."""
-        walk = self._walks.get((program, arch))
+        key = (program, place, backend)
+        walk = self._walks.get(key)
         if walk is None:
             with self._lock:
-                walk = self._walks.get((program, arch))
+                walk = self._walks.get(key)
                 if walk is None:
                     if len(self._walks) >= PROGRAMS_KEPT:
                         self._walks.clear()
                     stream = runtime.stream(blob.device)
-                    walk = gpu.apart(lambda: self._put(runtime, stream, program, blob, arch))
-                    self._walks[program, arch] = walk
+                    walk = gpu.apart(lambda: self._put(runtime, stream, blob, *key))
+                    self._walks[key] = walk
         return walk
 
     def used_on(self, runtime: gpu.Cuda, stream: Any) -> None:
@@ -253,20 +208,34 @@ class Upload:
             self._weights = {}
 
     def _put(
-        self, runtime: gpu.Cuda, stream: Any, program: str, blob: torch.Tensor, arch: int
+        self,
+        runtime: gpu.Cuda,
+        stream: Any,
+        blob: torch.Tensor,
+        program: str,
+        place: gpu.Place,
+        backend: str,
     ) -> Walk:
         programs.check_blob(program, blob)
         steps = []
         with runtime.on(stream):
-            for op, column in zip(programs.parse(program), columns(program, arch), strict=True):
-                module = kernel(op.name) if column.name == "triton" else Reference(op)
-                if op.line not in self._weights:
+            chosen = columns(program, place, backend)
+            for op, column in zip(programs.parse(program), chosen, strict=True):
+                module = _module(op, column.name, place.arch)
+                key = (op.line, column.name)
+                if key not in self._weights:
                     w = programs.unpack(op, blob, keep=False)
-                    self._weights[op.line] = module.prepare(w, op.shape, op.dtype)
-                steps.append(Step(op, module, self._weights[op.line]))
+                    self._weights[key] = module.prepare(w, op.shape, op.dtype)
+                steps.append(Step(op, module, self._weights[key]))
             stream.synchronize()  # from now on any stream may read them
         self._streams.clear()
-        return Walk(program, tuple(steps), arch)
+        return Walk(program, tuple(steps), place.arch)
+
+
+def _module(op: programs.Op, column: str, arch: int) -> Any:
+    if column == "cuda":
+        return cuda_kernel(op.name, arch)
+    return kernel(op.name) if column == "triton" else Reference(op)
 
 
 _uploads = WeakTensorKeyDictionary()  # blob -> Upload
@@ -298,9 +267,9 @@ def _upload(blob: torch.Tensor) -> Upload:
     return found
 
 
-def upload(program: str, blob: torch.Tensor, place: gpu.Place) -> None:
+def upload(program: str, blob: torch.Tensor, place: gpu.Place, backend: str = "auto") -> None:
     """Puts the weights on the device now; otherwise the first forward does."""
-    _upload(blob).walk(gpu.runtime(blob.device), program, blob, place.arch)
+    _upload(blob).walk(gpu.runtime(blob.device), program, blob, place, backend)
 
 
 def empty_cache() -> None:
@@ -328,6 +297,7 @@ def run(
     place: gpu.Place,
     graphs: bool | None = None,
     deterministic: bool = False,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """The program on x's device. x: as evit_fast::forward takes it, checked; a program in the
     middle takes float64 as float32. The result has x's dtype (float64, uint8: float32).
@@ -343,13 +313,13 @@ def run(
     with runtime.using(x.device):
         found = _upload(blob)
         captured = runtime.capturing()
-        if captured and not found.has(program, place.arch):
+        if captured and not found.has(program, place, backend):
             raise RuntimeError(_never_ran("its weights are not on the device yet"))
-        walk = found.walk(runtime, program, blob, place.arch)
+        walk = found.walk(runtime, program, blob, place, backend)
         if x.shape[0] == 0:
             return walk.buffers(x)[0]
         found.used_on(runtime, runtime.stream(x.device))
-        table, key = found.graphs, Key(program, tuple(x.shape), x.dtype, deterministic)
+        table, key = found.graphs, Key(program, tuple(x.shape), x.dtype, deterministic, backend)
         if captured:
             if not table.ran(key):
                 raise RuntimeError(_never_ran(f"no {x.dtype} of shape {list(x.shape)} ever ran"))

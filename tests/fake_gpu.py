@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from evit_fast import columns, gpu, walker
 from evit_fast import program as programs
+from evit_fast.cuda import modules
 from evit_fast.ops import OPS
 
 H100 = gpu.Place("cuda", 90)
@@ -58,6 +59,10 @@ class FakeGraph:
 class FakeStream:
     def __init__(self, runtime: FakeCuda) -> None:
         self.runtime = runtime
+
+    @property
+    def cuda_stream(self) -> int:
+        return id(self)
 
     def wait_event(self, event: FakeEvent) -> None:
         self.runtime.log.append(("wait", self, event.recorded_on))
@@ -195,6 +200,14 @@ class World(SimpleNamespace):
 
     runtime: FakeCuda
     kernels: dict[str, Double]
+    without_cuda: str  # why the CUDA column is not there
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "place", lambda device: self.place)
+        monkeypatch.setattr(gpu, "runtime", lambda device: self.runtime)
+        monkeypatch.setattr(walker, "kernel", lambda name: self.kernels[name])
+        if self.without_cuda:
+            monkeypatch.setattr(modules, "missing", lambda arch: self.without_cuda)
 
     @property
     def launched(self) -> int:
@@ -220,10 +233,8 @@ def clear_choices() -> None:
 def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     fake = FakeCuda()
     kernels = {name: Double(name, fake) for name in OPS}
-    world = World(runtime=fake, kernels=kernels, place=H100)
-    monkeypatch.setattr(gpu, "place", lambda device: world.place)
-    monkeypatch.setattr(gpu, "runtime", lambda device: world.runtime)
-    monkeypatch.setattr(walker, "kernel", lambda name: world.kernels[name])
+    world = World(runtime=fake, kernels=kernels, place=H100, without_cuda="cuda: no driver")
+    world.patch(monkeypatch)
     clear_choices()
     with torch.no_grad():
         yield world
