@@ -5,7 +5,9 @@
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
 #   make test-emulator  the CUDA kernels on the CPU: every shape and tile family
 #   make test-cuda    NVRTC and the cache of cubins: every cold start, kill and damaged file
-#   make compiled     what the compiler makes of them: rewrites kernels/compiled.csv
+#   make compiled     what Triton makes of its kernels: rewrites kernels/compiled.csv
+#   make compiled-cuda    what NVRTC makes of the CUDA kernels: rewrites evit_fast/cuda/compiled.csv
+#   make v100         the model of a V100: rewrites profiles/results/v100-*
 #   make gpu     what must be seen on a card: right, repeatable, fast; ARGS="--parts numerics"; dry-run without one
 #   make bench-quick  two models in 3 minutes             make bench-ops  every op and instruction set
 #   make callgrind    instructions per op: drift above 3 % from the committed counts fails
@@ -18,6 +20,8 @@ TORCH = torch==2.13.0
 TIMM = timm==1.0.31
 TRITON = triton==3.7.1# the one that torch wants
 NVRTC = nvidia-cuda-nvrtc-cu12==12.9.86# compiles for sm_50 to sm_121 without a GPU
+VOLTA_TRITON = triton==3.6.0# the last to bring the nvdisasm of CUDA 12, which knows sm_70
+NVDISASM = .venv/nvdisasm/nvdisasm
 OLD_TIMM = timm==1.0.20# one of the releases that take one image size only
 BUILD_TOOLS = "setuptools>=77" wheel cmake ninja "pybind11>=2.11"
 INPUTS = pyproject.toml Makefile
@@ -28,7 +32,7 @@ COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importli
 export OMP_NUM_THREADS ?= 1
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test test-triton test-emulator test-cuda compiled gpu demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton test-emulator test-cuda compiled compiled-cuda v100 gpu demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -46,11 +50,17 @@ test-triton: build
 test-emulator: build
 	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/emulator
 
-test-cuda: build
-	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py
+test-cuda: build $(NVDISASM)
+	@EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py tests/cuda tests/profiles
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write
+
+compiled-cuda: build
+	$(DEV)/python -m evit_fast.cuda.compiled --write
+
+v100: build $(NVDISASM)
+	EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/python -m evit_fast.profiles.v100 --count --write
 
 gpu: build
 	$(DEV)/python -m evit_fast.bench.gpu $(ARGS)
@@ -105,4 +115,11 @@ clean:
 .venv/old_timm/ready: .venv/dev/ready
 	rm -rf .venv/old_timm
 	$(DEV)/python $(PIP) --no-deps --target .venv/old_timm $(OLD_TIMM)
+	touch $@
+
+$(NVDISASM): .venv/dev/ready
+	rm -rf .venv/nvdisasm
+	$(DEV)/python -m pip --disable-pip-version-check -q download --no-deps -d .venv/nvdisasm $(VOLTA_TRITON)
+	unzip -q -j .venv/nvdisasm/*.whl triton/backends/nvidia/bin/nvdisasm -d .venv/nvdisasm
+	rm .venv/nvdisasm/*.whl
 	touch $@

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import csv
 import importlib
 import multiprocessing
 import os
@@ -33,10 +32,10 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import compute_cache_key, create_function_from_signature
 
-from evit_fast import _native, program, tuned
-from evit_fast.config import VARIANTS, Config
+from evit_fast import compiled_table, tuned
 from evit_fast.kernels.launches import INTERPRETED, TYPES, Launch
-from evit_fast.ops import OPS, cga, classifier, dw_ffn, patch_merge, stem
+from evit_fast.model_ops import meta_maps, meta_space, meta_weights, shapes
+from evit_fast.ops import OPS
 from evit_fast.ops.line import LineShape, dtype_name
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -45,7 +44,6 @@ DTYPES = tuple(TYPES)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED_LIMIT = {arch: kib << 10 for arch, kib in SHARED_LIMIT.items()}
 BATCHES = (1, 8, 64, 2048)  # every shape class that the number of images can lead to
-IMAGE, CLASSES = 224, 1000
 TABLE = Path(__file__).with_suffix(".csv")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Matrix instructions of sm_80, 86, 89, 120 (HMMA), 90 (HGMMA), 100 (UTCHMMA); FFMA is none.
@@ -151,33 +149,6 @@ def _tool(name: str, *args: str) -> str:
     return done.stdout
 
 
-def model_ops(config: Config, image: int = IMAGE) -> Iterator[tuple[LineShape, int]]:
-    """(shape, side of its input map) of every op of a model, in order."""
-    yield stem.Shape(3, config.embed_dim[0]), image
-    side, _ = stem.out_hw(image, image)
-    stages = zip(config.embed_dim, config.depth, config.num_heads, strict=True)
-    before = None
-    for C, depth, heads in stages:
-        if before:
-            yield dw_ffn.Shape(before, 2 * before), side
-            yield patch_merge.Shape(before, 4 * before, before, C), side
-            side, _ = patch_merge.out_hw(side, side)
-            yield dw_ffn.Shape(C, 2 * C), side
-        for _ in range(depth):
-            yield dw_ffn.Shape(C, 2 * C), side
-            ks = config.kernels[:heads]
-            yield cga.Shape(C, heads, config.key_dim, min(config.window, side), ks), side
-            yield dw_ffn.Shape(C, 2 * C), side
-        before = C
-    yield classifier.Shape(before, CLASSES), side
-
-
-def shapes(op: str) -> list[tuple[LineShape, int]]:
-    """Every different (shape, side of its input map) that an op has in M0 .. M5."""
-    found = (o for config in VARIANTS.values() for o in model_ops(config) if o[0].op == op)
-    return list(dict.fromkeys(found))
-
-
 def plan(
     s: LineShape,
     dtype: torch.dtype,
@@ -188,24 +159,15 @@ def plan(
     x_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> list[Launch]:
-    """The launches of one call, on meta tensors. x_dtype: of the input, the op's own unless given;
-    the output has it too (uint8: the op's). options: deterministic, config. ValueError: the op
-    does not run so.
+    """The launches of one call, on meta tensors. x_dtype: see meta_maps. options: deterministic,
+    config. ValueError: the op does not run so.
     """
     kernels = importlib.import_module(f"evit_fast.kernels.{s.op}")
     if why := kernels.supports(s, dtype, arch):
         raise ValueError(why)
-    meta, x_dtype = torch.device("meta"), x_dtype or dtype
-    y_dtype = dtype if x_dtype == torch.uint8 else x_dtype
-    line = s.line(0, dtype)
-    blob = torch.empty(_native.op_bytes(line), dtype=torch.uint8, device=meta)
-    packed = kernels.prepare(program.unpack(program.parse(line)[0], blob), s, dtype)
-    x_shape = (B, s.channels_in, H, W) if s.op == "stem" else (B, H, W, s.channels_in)
-    x = torch.empty(x_shape, dtype=x_dtype, device=meta)
-    y_shape = (B, *OPS[s.op].out_hw(H, W), s.channels_out)
-    y = torch.empty(y_shape, dtype=y_dtype, device=meta)
-    nbytes = kernels.scratch(s, dtype, B, H, W)
-    space = torch.empty(nbytes, dtype=torch.uint8, device=meta) if nbytes else None
+    packed = kernels.prepare(meta_weights(s, dtype), s, dtype)
+    y, x = meta_maps(s, dtype, B, H, W, x_dtype)
+    space = meta_space(kernels.scratch(s, dtype, B, H, W))
     with tuned.trial({}):  # committed rows, whatever was tuned on this machine
         return kernels.plan(y, x, packed, s, space, arch=arch, **options)
 
@@ -236,7 +198,6 @@ def binaries(op: str, dtype: torch.dtype, arch: int) -> tuple[Special, ...]:
 
 KEY = ("op", "step", "kernel", "shape", "batch", "dtype", "arch", "tiles")
 VALUES = ("registers", "shared_bytes", "mma")  # of a cell; the rest must be 0, see `faults`
-ARCH = KEY.index("arch")
 
 
 def row_key(special: Special, dtype: torch.dtype, arch: int) -> tuple[str, ...]:
@@ -255,24 +216,9 @@ def row_values(r: Resources) -> tuple[str, ...]:
     return tuple(str(getattr(r, name)) for name in VALUES)
 
 
-def read_table(path: Path = TABLE) -> tuple[str, dict[tuple[str, ...], tuple[str, ...]]]:
-    """(Triton version, {row key: values}) of a committed table; ("", {}) where there is none.
-
-    A line of the file has a cell per architecture, 128/6144/16: the values of one row.
-    """
-    if not path.exists():
-        return "", {}
-    with open(path, newline="") as f:
-        version = re.match(r"# triton ([^\s;]+)", f.readline())[1]
-        header, *lines = csv.reader(f)
-    rows = {}
-    for line in lines:
-        key, cells = line[: len(KEY) - 1], line[len(KEY) - 1 :]
-        for name, cell in zip(header[len(KEY) - 1 :], cells, strict=True):
-            if cell:
-                arch = name.removeprefix("sm_")
-                rows[(*key[:ARCH], arch, *key[ARCH:])] = tuple(cell.split("/"))
-    return version, rows
+def read_table(path: Path = TABLE) -> tuple[str, compiled_table.Rows]:
+    """(Triton version, {row key: values}) of a committed table; ("", {}) where there is none."""
+    return compiled_table.read(path, KEY)
 
 
 def write_table(
@@ -283,22 +229,7 @@ def write_table(
     if version == triton.__version__:
         kept = {key: v for key, v in known.items() if (key[0], key[5], key[6]) not in asked}
         rows = {**kept, **rows}
-    lines: dict[tuple[str, ...], dict[str, str]] = {}
-    for key, values in rows.items():
-        line = lines.setdefault(key[:ARCH] + key[ARCH + 1 :], {})
-        line[f"sm_{key[ARCH]}"] = "/".join(values)
-    cards = sorted({name for line in lines.values() for name in line}, key=_order)
-    with open(path, "w", newline="") as f:
-        f.write(f"# triton {triton.__version__}; per card: {'/'.join(VALUES)}\n")
-        out = csv.writer(f, lineterminator="\n")
-        out.writerow([*KEY[:ARCH], *KEY[ARCH + 1 :], *cards])
-        for key in sorted(lines, key=lambda key: tuple(map(_order, key))):
-            out.writerow([*key, *(lines[key].get(card, "") for card in cards)])
-
-
-def _order(text: str) -> list:
-    """Numbers in text in the order of their values: C=64 before C=128, sm_86 before sm_100."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", text)]
+    compiled_table.write(path, KEY, VALUES, f"triton {triton.__version__}", rows)
 
 
 def _measure(op: str, dtype: torch.dtype, arch: int, i: int) -> tuple[tuple, Resources | str]:

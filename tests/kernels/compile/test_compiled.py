@@ -8,6 +8,7 @@ import torch
 from evit_fast.config import VARIANTS
 from evit_fast.kernels import compiled
 from evit_fast.kernels.compiled import Resources, cache_key, compile_launch, faults
+from evit_fast.model_ops import model_ops
 from tests.kernels import tiny
 from tests.ops import eager
 
@@ -70,7 +71,7 @@ def test_shapes_are_those_of_the_folded_models():
 
 
 def test_maps_are_as_large_as_in_the_models():
-    sides = [(s.op, side) for s, side in compiled.model_ops(VARIANTS["efficientvit_m5"])]
+    sides = [(s.op, side) for s, side in model_ops(VARIANTS["efficientvit_m5"])]
     merges = [side for op, side in sides if op == "patch_merge"]
     assert (sides[0], merges, sides[-1]) == (("stem", 224), [14, 7], ("classifier", 4))
 
