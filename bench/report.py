@@ -278,18 +278,22 @@ def markdown_ops(table: list[dict[str, str]]) -> str:
             f"Batch {batch}, {threads} thread{'s' if threads != '1' else ''}, {first['dtype']}, "
             f"{fastest}. {machine}. Commit {first['commit']}, {first['date']}.",
             "",
-            "| op | case | µs | GFLOP/s | GB/s | of the nearer ceiling | over eager |",
-            "|---" * 7 + "|",
+            "| op | case | µs | GFLOP/s | GB/s | of the nearer ceiling | over eager "
+            "| over torch.compile |",
+            "|---" * 8 + "|",
         ]
         for row in rows:
             if row["kernel"] != fastest:
                 continue
             bound = "FMA" if row["bound"] == "fma" else f"{row['bound']} bandwidth"
-            ratio = f"{float(row['ratio_to_eager']):.2f}×" if row["ratio_to_eager"] else "–"
+            ratios = " | ".join(
+                f"{float(ratio):.2f}×" if ratio else "–"
+                for ratio in (row["ratio_to_eager"], row["ratio_to_compile"])
+            )
             lines.append(
                 f"| {row['op']} | {row['case']} | {float(row['us']):.1f} | "
                 f"{float(row['gflops']):.0f} | {float(row['gbs']):.1f} | "
-                f"{float(row['share']):.0%} of {bound} | {ratio} |"
+                f"{float(row['share']):.0%} of {bound} | {ratios} |"
             )
         lines.append("")
     return "\n".join(lines).strip()
