@@ -1,12 +1,12 @@
-# Writes OUT, a C++ file with one row for every `LaunchShape <kernel>_launch(const <Sizes>& ..)` in the list FILES
-# (csrc/cuda/launcher.h declares them): a kernel needs no line anywhere but in its own file.
+# Writes OUT, a C++ file with one row for every `LaunchShape <kernel>_launch(const <Sizes>& s, int family, i64 ..)` in
+# the list FILES (csrc/cuda/launcher.h declares them): a kernel needs no line anywhere but in its own file.
 set(includes "")
 set(rows "")
 set(count 0)
 foreach(path ${FILES})
   get_filename_component(name "${path}" NAME)
   file(READ "${path}" body)
-  string(REGEX MATCHALL "LaunchShape[ \n]+[a-z0-9_]+_launch\\([ \n]*const[ \n]+[A-Za-z0-9]+&" found "${body}")
+  string(REGEX MATCHALL "LaunchShape[ \n]+[a-z0-9_]+_launch\\([ \n]*const[ \n]+[A-Za-z0-9]+& s,[ \n]+int( family)?,[ \n]+i64" found "${body}")
   if(found)
     string(APPEND includes "#include \"cuda/${name}\"\n")
   endif()

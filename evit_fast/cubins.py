@@ -139,13 +139,22 @@ def default() -> Cache:
     return _cache(os.environ.get("EVIT_FAST_CACHE") or "")
 
 
-@lru_cache
-def _cache(chosen: str) -> Cache:
+def folder() -> Path:
+    """Of the default cache, there or not."""
+    return _folder(os.environ.get("EVIT_FAST_CACHE") or "")
+
+
+def _folder(chosen: str) -> Path:
     if chosen:
-        return Cache(Path(chosen).expanduser())
+        return Path(chosen).expanduser()
     import platformdirs
 
-    return Cache(platformdirs.user_cache_path("evit_fast", appauthor=False) / "cubins")
+    return platformdirs.user_cache_path("evit_fast", appauthor=False) / "cubins"
+
+
+@lru_cache
+def _cache(chosen: str) -> Cache:
+    return Cache(_folder(chosen))
 
 
 os.register_at_fork(after_in_child=_cache.cache_clear)  # its locks may be held by absent threads

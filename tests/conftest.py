@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Teams of more ranks than this machine has processors: correctness must not depend on it.
 os.environ.setdefault("EVIT_FAST_MAX_THREADS", "256")
-# Committed tiles, whatever was tuned on this machine.
+# Committed tiles, whatever was tuned on this machine; and no test touches the user's own caches.
 os.environ["EVIT_FAST_TUNED"] = "0"
+os.environ["EVIT_FAST_CACHE"] = tempfile.mkdtemp(prefix="evit_fast_tests_")
 
 import pytest
 import torch
+
+_CACHE = os.environ["EVIT_FAST_CACHE"]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -397,7 +397,7 @@ def test_unfrozen_after_folding(m0: EfficientVit):
 WRONG = {
     "backend": ({"backend": "tpu"}, ValueError, "reference, cpu, triton, cuda"),
     "graphs-kind": ({"graphs": 1}, ValueError, "None, True or False"),
-    "cuda": ({"backend": "cuda"}, NotImplementedError, "no cuda column"),
+    "cuda": ({"backend": "cuda"}, NotImplementedError, "need a CUDA device"),
     "cpu-f16": ({"backend": "cpu", "dtype": torch.float16}, NotImplementedError, "float32 only"),
     "int8": ({"dtype": torch.int8}, ValueError, "calibration"),
     "int8-calibrated": (
@@ -533,7 +533,7 @@ def test_program_keeps_its_limits(fast0: FastEfficientVit, tmp_path):
         with pytest.raises(NotImplementedError, match="folded and cannot be recovered") as caught:
             call()
         assert "\n" not in str(caught.value)
-    with pytest.raises(NotImplementedError, match="no cuda column"):
+    with pytest.raises(NotImplementedError, match="need a CUDA device"):
         evit_fast.load(tmp_path / "m.evit", backend="cuda")
     assert evit_fast.explain(evit_fast.load(tmp_path / "m.evit", backend="reference"))[0].reason
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import glob
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Callable
@@ -121,17 +119,34 @@ def _driver() -> str:
 
 
 def _nvrtc() -> str:
-    found = []
-    for package in ("nvidia.cuda_nvrtc", "nvidia.cu13", "nvidia"):
+    from evit_fast import nvrtc
+
+    if found := nvrtc.found():
+        return "; ".join(map(str, found))
+    return f"not installed, and only CUDA kernels need it: pip install {nvrtc.WHEEL}"
+
+
+def _cuda_kernels() -> str:
+    from evit_fast.cuda import column
+    from evit_fast.ops import OPS
+
+    missing = []
+    for op in OPS:
         try:
-            spec = importlib.util.find_spec(package)
+            column.kernels(op, 70)
         except ModuleNotFoundError:
-            continue
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            found += glob.glob(os.path.join(folder, "lib", "libnvrtc.so.*"))
-    if found:
-        return ", ".join(sorted(set(found)))
-    return "not installed; it comes with every CUDA build of torch, and only CUDA kernels need it"
+            missing.append(op)
+    have = ", ".join(op for op in OPS if op not in missing)
+    return have + (f"; none in this version for {', '.join(missing)}" if missing else "")
+
+
+def _cubins() -> str:
+    from evit_fast import cubins
+
+    folder = cubins.folder()
+    files = list(folder.glob("*.cubin"))
+    size = sum(f.stat().st_size for f in files) / 2**20
+    return f"{folder} ({len(files)} kernels, {size:.0f} MiB)"
 
 
 def _optional(package: str, purpose: str) -> Callable[[], str]:
@@ -172,6 +187,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "GPU": _gpu,
     "GPU driver": _driver,
     "NVRTC": _nvrtc,
+    "CUDA kernels": _cuda_kernels,
+    "cubin cache": _cubins,
     "triton": _optional("triton", "the Triton column on GPUs"),
     "timm": _optional("timm", "accelerating a model that timm made"),
     "huggingface_hub": _optional("huggingface_hub", "pretrained=True"),

@@ -7,7 +7,6 @@ and become `_native.CudaLaunches`, in which a tensor is a distance from the run'
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -41,8 +40,6 @@ class Kernels:
     def __init__(self, op: str, arch: int) -> None:
         self.op, self.arch = op, arch
         self.module = importlib.import_module(f"evit_fast.cuda.{op}")
-        asks = inspect.signature(self.module.scratch).parameters  # few depend on it
-        self._arch = {"arch": arch} if "arch" in asks else {}
 
     def supports(self, s: LineShape, dtype: torch.dtype, arch: int) -> str | None:
         """None, or why the op does not run so."""
@@ -54,7 +51,7 @@ class Kernels:
 
     def scratch(self, s: LineShape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
         """Bytes of the workspace, a multiple of 256."""
-        return self.module.scratch(s, dtype, B, H, W, **self._arch)
+        return self.module.scratch(s, dtype, B, H, W)
 
     def plan(
         self,

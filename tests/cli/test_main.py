@@ -14,6 +14,7 @@ import evit_fast
 from evit_fast import columns, gpu, imagenet, walker
 from evit_fast.cli import doctor
 from evit_fast.cli.main import COMMANDS
+from evit_fast.cuda import modules
 
 
 def test_help_and_version(evit):
@@ -96,13 +97,18 @@ def test_doctor_names_the_column_of_each_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(gpu, "place", place)
     monkeypatch.setattr(walker, "kernel", lambda name: Kernel)
+    monkeypatch.setattr(modules, "missing", lambda arch: "cuda: no driver")
     columns.choose.cache_clear()
     walker.columns.cache_clear()
     try:
         assert doctor.PROBES["GPU"]() == (
             "A (sm_80, 80 GiB): the triton column; "
-            "B (sm_75, 80 GiB): the reference column (sm_75 is too old)"
+            "B (sm_75, 80 GiB): the reference column (cuda: no driver; sm_75 is too old)"
         )
+        monkeypatch.setattr(modules, "missing", lambda arch: "")
+        columns.choose.cache_clear()
+        walker.columns.cache_clear()
+        assert doctor.PROBES["GPU"]().endswith("B (sm_75, 80 GiB): the cuda column")
     finally:
         columns.choose.cache_clear()
         walker.columns.cache_clear()
