@@ -66,10 +66,10 @@ def output_shape(s: LineShape, x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], *OPS[s.op].out_hw(H, W), s.channels_out)
 
 
-def guarded(count: int, dtype: torch.dtype, fill: float) -> tuple[Tensor, Tensor]:
+def guarded(count: int, dtype: torch.dtype, fill: float, edge: int) -> tuple[Tensor, Tensor]:
     """(`count` elements full of `fill`, the same with canaries on both sides)."""
-    whole = torch.full((count + 2 * EDGE,), CANARY, dtype=dtype)
-    inside = whole[EDGE : EDGE + count]
+    whole = torch.full((count + 2 * edge,), CANARY, dtype=dtype)
+    inside = whole[edge : edge + count]
     inside.fill_(fill)
     return inside, whole
 
@@ -83,17 +83,21 @@ def plan(
     *,
     deterministic: bool = False,
     y_dtype: torch.dtype | None = None,
+    edge: int = EDGE,
 ) -> Planned:
-    """Launches of one op: x in its own dtype; y and scratch poisoned with NaN."""
+    """Launches of one op: x in its own dtype; y and scratch poisoned with NaN.
+
+    edge: canaries on either side; 0 where a sanitizer is to see the end.
+    """
     cuda, shape = module(s), output_shape(s, x)
     assert cuda.supports(s, dtype, arch) is None
     packed = cuda.prepare(map_arrays(w, lambda a: a.float()), s, dtype, family(arch, dtype))
     if y_dtype is None:
         y_dtype = x.dtype if x.is_floating_point() else dtype
-    y, y_whole = guarded(torch.Size(shape).numel(), y_dtype, float("nan"))
+    y, y_whole = guarded(torch.Size(shape).numel(), y_dtype, float("nan"), edge)
     H, W = x.shape[2:] if s.op == "stem" else x.shape[1:3]
     scratch = cuda.scratch(s, dtype, x.shape[0], H, W)
-    space, space_whole = guarded(scratch, torch.uint8, 255)
+    space, space_whole = guarded(scratch, torch.uint8, 255, edge)
     y = y.view(shape)
     launches = cuda.plan(y, x, packed, s, space, arch=arch, deterministic=deterministic)
     return Planned(launches, y, space, y_whole, space_whole)

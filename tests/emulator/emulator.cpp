@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <array>
-#include <deque>
 #include <memory>
 #include <random>
 #include <vector>
@@ -57,6 +56,10 @@ thread_local Block* block;
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+constexpr unsigned kMostCopies = 1024;  // of a thread in flight, at the far end of its stack
+// TSan has 8128 and takes a thread for the earlier one whose number it has: blocks race only with
+// those whose threads are still there.
+constexpr size_t kMostTsanFibres = 4096;
 constexpr int kSavedRegisters = 6;
 constexpr unsigned kUnordered = 1;  // a switch orders nothing: threads stay concurrent for TSan
 
@@ -69,9 +72,9 @@ struct Fibre : Thread {
   Where where;
   unsigned mask;  // of the collective it waits at
   Bytes brings;   // assigned whole: a call of memcpy would be seen by TSan, as this thread's access
-  unsigned char parity;  // of its collectives, for TSan
-  int group;             // of the copies that it starts
-  std::deque<Copy> copies;
+  unsigned char parity;             // of its collectives, for TSan
+  int group;                        // of the copies that it starts
+  unsigned oldest_copy, next_copy;  // of a ring of kMostCopies
   void* tsan;
   void* fake_stack;  // of ASan
 };
@@ -94,9 +97,9 @@ struct Running : Block {
   void* stack_pointer;  // of the scheduler
   const std::function<void()>* body;
   Counts counts;
-  std::vector<std::unique_ptr<Sync>> syncs;  // of the blocks; without TSan they share one
-  std::vector<void*> shared_blocks;          // not yet freed
-  char end;                                  // for TSan, as the above
+  std::vector<std::unique_ptr<Sync>> syncs;       // of the blocks; without TSan they share one
+  std::vector<void*> tsan_fibres, shared_blocks;  // not yet freed
+  char end;                                       // for TSan, as the above
   void* tsan;
   void* fake_stack;
   const void* stack_bottom;
@@ -113,6 +116,10 @@ Fibre* self() { return static_cast<Fibre*>(thread); }
           where.file ? where.file : "?", where.line);
   fflush(stderr);
   _Exit(3);
+}
+
+Copy& ring_copy(const Fibre* fibre, unsigned i) {
+  return reinterpret_cast<Copy*>(fibre->stack)[i % kMostCopies];
 }
 
 bool same(Where a, Where b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
@@ -157,7 +164,7 @@ void enter() {
   }
   (*running->body)();
   Fibre* fibre = self();
-  if (!fibre->copies.empty()) {
+  if (fibre->oldest_copy != fibre->next_copy) {
     fail("returned with an asynchronous copy in flight; wait for it", fibre->where, fibre->rank);
   }
   fibre->state = kReturned;
@@ -173,6 +180,7 @@ void begin(Fibre& fibre, int rank, const Index& size) {
   fibre.where = {};
   fibre.parity = 0;
   fibre.group = 0;
+  fibre.oldest_copy = fibre.next_copy = 0;
   fibre.fake_stack = nullptr;
   auto** top = reinterpret_cast<void**>(fibre.stack + kStackBytes - 64);
   *--top = nullptr;  // the return address of enter(): its stack is aligned as after a call
@@ -330,6 +338,11 @@ void free_shared(Running& b) {
   b.shared_blocks.clear();
 }
 
+void destroy_tsan_fibres(Running& b) {
+  for (void* fibre : b.tsan_fibres) __tsan_destroy_fiber(fibre);
+  b.tsan_fibres.clear();
+}
+
 void run_block(Running& b, Order order, std::mt19937& random) {
   if (__tsan_get_current_fiber) b.tsan = __tsan_get_current_fiber();
   if constexpr (kCounts) count_block(b.threads);
@@ -343,7 +356,8 @@ void run_block(Running& b, Order order, std::mt19937& random) {
   }
   b.counts.blocks++;
   if (!__tsan_destroy_fiber) return free_shared(b);
-  for (Fibre& fibre : b.fibres) __tsan_destroy_fiber(fibre.tsan);
+  for (Fibre& fibre : b.fibres) b.tsan_fibres.push_back(fibre.tsan);
+  if (b.tsan_fibres.size() > kMostTsanFibres) destroy_tsan_fibres(b);
   unmap_stacks(b);
   map_stacks(b);
 }
@@ -372,7 +386,10 @@ Exchanged exchange_bytes(unsigned mask, const Bytes& bytes, Where where) {
 void start_copy(void* to, const void* from, Where where) {
   Fibre* fibre = self();
   fibre->where = where;
-  fibre->copies.push_back({to, from, fibre->group});
+  if (fibre->next_copy - fibre->oldest_copy == kMostCopies) {
+    fail("more asynchronous copies in flight than the emulator keeps", where, fibre->rank);
+  }
+  ring_copy(fibre, fibre->next_copy++) = {to, from, fibre->group};
 }
 
 void commit_copies() { self()->group++; }
@@ -380,11 +397,11 @@ void commit_copies() { self()->group++; }
 bool next_complete(int groups_in_flight, Copy& copy) {
   Fibre* fibre = self();
   // Copies that no commit closed belong to the group that is still open, which no wait reaches.
-  if (fibre->copies.empty() || fibre->copies.front().group >= fibre->group - groups_in_flight) {
-    return false;
-  }
-  copy = fibre->copies.front();
-  fibre->copies.pop_front();
+  if (fibre->oldest_copy == fibre->next_copy) return false;
+  const Copy& oldest = ring_copy(fibre, fibre->oldest_copy);
+  if (oldest.group >= fibre->group - groups_in_flight) return false;
+  copy = oldest;
+  fibre->oldest_copy++;
   return true;
 }
 
@@ -413,6 +430,7 @@ Counts run(const Launch& launch, const std::function<void()>& body) {
     run_block(b, launch.order, random);
   }
   acquire(&b.end);
+  destroy_tsan_fibres(b);
   free_shared(b);
   unmap_stacks(b);
   running = nullptr;
