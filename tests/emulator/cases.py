@@ -66,7 +66,7 @@ def output_shape(s: LineShape, x: Tensor) -> tuple[int, ...]:
     return (x.shape[0], *OPS[s.op].out_hw(H, W), s.channels_out)
 
 
-def guarded(count: int, dtype: torch.dtype, fill: float, edge: int) -> tuple[Tensor, Tensor]:
+def guarded(count: int, dtype: torch.dtype, fill: float, edge: int = EDGE) -> tuple[Tensor, Tensor]:
     """(`count` elements full of `fill`, the same with canaries on both sides)."""
     whole = torch.full((count + 2 * edge,), CANARY, dtype=dtype)
     inside = whole[edge : edge + count]
