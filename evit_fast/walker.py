@@ -109,7 +109,8 @@ def _without_triton(op: programs.Op, place: gpu.Place) -> str:
         return f"triton: {type(e).__name__}: {e}".split("\n")[0]
 
 
-def _without_cuda(op: programs.Op, place: gpu.Place) -> str:
+def without_cuda(op: programs.Op, place: gpu.Place) -> str:
+    """Why the CUDA column cannot run an op, "" where it can."""
     if place.kind != "cuda":
         return "cuda: the kernels need a CUDA device"
     try:
@@ -119,7 +120,7 @@ def _without_cuda(op: programs.Op, place: gpu.Place) -> str:
     return kernels.supports(op.shape, op.dtype, place.arch) or modules.missing(place.arch)
 
 
-_REFUSALS = {"triton": _without_triton, "cuda": _without_cuda}
+_REFUSALS = {"triton": _without_triton, "cuda": without_cuda}
 
 
 def undecided(op: programs.Op, place: gpu.Place) -> str:

@@ -286,10 +286,13 @@ def test_a_capture_of_the_users_loads_nothing(card: Card):
     x = tokens()
     forward(x, program, blob, graphs=False)
     modules._functions.clear()
-    walker._uploads[blob]._walks.clear()
+    (walk,) = walker._uploads[blob]._walks.values()
+    walk._prepared.clear()
+    loads = card.driver.calls("cuModuleLoadData")
     card.runtime.foreign = True
-    with pytest.raises(RuntimeError, match="not on the device yet"):
+    with pytest.raises(RuntimeError, match="captured .* but dw_ffn_ffn is not on the device yet"):
         forward(x, program, blob)
+    assert card.driver.calls("cuModuleLoadData") == loads
 
 
 # ------------------------------------------------------------------ which column

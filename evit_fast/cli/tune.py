@@ -1,8 +1,9 @@
 """Measures tiles for the kernels on this card and remembers the best in the user's cache folder.
 
 Each op of a model runs with the committed tiles and with every candidate that its kernel file
-names; one whose result is not the committed one's, up to rounding, is out. Later runs on this
-machine use what was remembered (EVIT_FAST_TUNED=0: not). The exit code is 0 whatever was faster.
+names; one whose result is not the committed one's, up to rounding, is out. Then the CUDA column is
+measured against Triton with its best tiles. Later runs on this machine use what was remembered
+(EVIT_FAST_TUNED=0: not). The exit code is 0 whatever was faster.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class Case(NamedTuple):
     plan: Callable[[], list]  # launches; looks its rows up
     y: torch.Tensor
     candidates: Any  # a list, or lists by the kernel's name
+    sizes: str = ""  # as preferred.py names the op
+    cuda: Callable[[], list] | None = None  # the CUDA column's launches
+    without_cuda: str = ""  # why there are none
 
 
 class Finding(NamedTuple):
@@ -71,9 +75,10 @@ def _batches(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace) -> int:
     arch = _arch(args)
     from evit_fast import tuned
+    from evit_fast.cli import tune_columns
 
-    findings = []
-    for finding in search(_cases(args, arch), arch, Card(args.device), args.dtype):
+    findings, cases, card = [], _cases(args, arch), Card(args.device)
+    for finding in search(cases, arch, card, args.dtype):
         findings.append(finding)
         if not args.json:
             print(finding, flush=True)
@@ -85,12 +90,19 @@ def run(args: argparse.Namespace) -> int:
         where = tuned.remember(rows)
     except OSError as e:
         raise UsageError(f"{tuned.path()} cannot be written: {e.strerror or e}") from e
+    choices = []
+    for choice in tune_columns.compare(cases, card, ROUNDING[args.dtype]):
+        choices.append(choice)
+        if not args.json:
+            print(choice, flush=True)
+    tuned.remember(tune_columns.rows(choices, arch))
     better = sum(row is not None for row in rows.values())
     kept = f"{better} of {len(rows)} committed rows replaced, in {where}"
     facts = [
         {**f._asdict(), "committed": _plain(f.committed), "best": _plain(f.best)} for f in findings
     ]
-    emit(args, kept, {"arch": arch, "rows": facts})
+    columns = [choice._asdict() for choice in choices]
+    emit(args, kept, {"arch": arch, "rows": facts, "columns": columns})
     return 0
 
 
@@ -194,11 +206,9 @@ class Card:
     def output(self, launches: list, y: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from evit_fast.kernels.launches import run as launch
-
         with torch.cuda.device(self.device):
             y.fill_(float("nan"))
-            launch(launches)
+            self._call(launches)()
             return y.cpu()
 
     def times_us(self, variants: Sequence[list]) -> list[float]:
@@ -221,16 +231,31 @@ class Card:
     def _graph(self, launches: list) -> torch.cuda.CUDAGraph:
         import torch
 
-        from evit_fast.kernels.launches import run as launch
-
-        launch(launches)  # compiles and loads, which a capture must not
+        call = self._call(launches)
+        call()  # compiles and loads, which a capture must not
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(REPEATS):
-                launch(launches)
+                call()
         graph.replay()
         return graph
+
+    def _call(self, launches: list) -> Callable[[], None]:
+        """Triton's launches, or the CUDA column's."""
+        import torch
+
+        from evit_fast import gpu
+        from evit_fast.cuda import column
+        from evit_fast.cuda.kernels import Launch
+
+        if isinstance(launches[0], Launch):
+            device = torch.device(self.device)
+            native = column.standalone(launches, gpu.place(device).arch, device)
+            return lambda: native.run(torch.cuda.current_stream().cuda_stream, 0, 0, 0)
+        from evit_fast.kernels.launches import run as launch
+
+        return lambda: launch(launches)
 
 
 def _arch(args: argparse.Namespace) -> int:
@@ -289,7 +314,7 @@ def _case(case: Any, B: int, dtype: torch.dtype, device: str, arch: int) -> Case
     """case: of evit_fast.bench.cases."""
     import torch
 
-    from evit_fast import _native, program
+    from evit_fast import _native, gpu, preferred, program, walker
     from evit_fast.bench.cases import images
     from evit_fast.ops.line import pack
 
@@ -305,14 +330,26 @@ def _case(case: Any, B: int, dtype: torch.dtype, device: str, arch: int) -> Case
     if case.op != "stem":
         x = x.permute(0, 2, 3, 1).contiguous()
     y = torch.empty(program.output_shape(line, x.shape), dtype=dtype, device=device)
-    nbytes = kernels.scratch(s, dtype, B, side, side)
-    space = torch.empty(nbytes, dtype=torch.uint8, device=device) if nbytes else None
+
+    def planner(module: Any, weights: Any) -> Callable[[], list]:
+        nbytes = module.scratch(s, dtype, B, side, side)
+        space = torch.empty(nbytes, dtype=torch.uint8, device=device) if nbytes else None
+        return lambda: module.plan(y, x, weights, s, space, arch=arch)
+
+    op = program.parse(line)[0]
+    why, cuda = walker.without_cuda(op, gpu.Place("cuda", arch)), None
+    if not why:
+        native = walker.cuda_kernel(case.op, arch)
+        cuda = planner(native, native.prepare(program.unpack(op, blob.to(device)), s, dtype))
     return Case(
         case.op,
         f"{case.name} B={B}",
-        lambda: kernels.plan(y, x, packed, s, space, arch=arch),
+        planner(kernels, packed),
         y,
         kernels.CANDIDATES(s, dtype),
+        preferred.sizes(op),
+        cuda,
+        why,
     )
 
 

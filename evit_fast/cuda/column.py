@@ -137,7 +137,7 @@ def _words(
             yield word or 0, CONSTANT
 
 
-def run(launches: Sequence[Launch], arch: int, device: torch.device, stream: int) -> None:
-    """Launches of plans on their own tensors, for measuring."""
+def standalone(launches: Sequence[Launch], arch: int, device: torch.device) -> _native.CudaLaunches:
+    """Launches on the tensors that they name, for run(stream, 0, 0, 0): to measure them."""
     nothing = torch.empty(0, device=device)
-    assemble(launches, nothing, nothing, nothing, arch).run(stream, 0, 0, 0)
+    return assemble(launches, nothing, nothing, nothing, arch)

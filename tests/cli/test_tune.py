@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("triton")
 
 from evit_fast import tuned
-from evit_fast.cli import tune
+from evit_fast.cli import tune, tune_columns
 from evit_fast.cli.main import main
+from evit_fast.cuda import modules
 from evit_fast.kernels import cga, launches
 from evit_fast.kernels.launches import Config, Table
 from evit_fast.ops import OPS
@@ -262,6 +263,82 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(fake_card, capsys, monk
     with pytest.warns(RuntimeWarning, match="cannot be used"):
         assert main(["tune"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ CUDA against Triton
+
+
+def rival(times: dict[str, float], *, wrong: float = 0.0, why: str = "", name: str = "cga C=64"):
+    """A case with a CUDA plan, and a card on which a column takes times[column]."""
+    one = case("a", candidates=[])._replace(
+        plan=lambda: ["triton"], cuda=lambda: ["cuda"], sizes=name, without_cuda=why
+    )
+    card = FakeCard({})
+    card.output = lambda plan, y: torch.full((4,), 1.0 + wrong * (plan == ["cuda"]))
+    card.times_us = lambda plans: [times[plan[0]] for plan in plans]
+    return one, card
+
+
+def test_both_columns_are_measured_and_the_means_remembered(folder):
+    fast, card = rival({"cuda": 4.0, "triton": 8.0})
+    slow, _ = rival({})
+    cases, times = [fast, slow], iter([[4.0, 8.0], [9.0, 2.0]])
+    card.times_us = lambda plans: next(times)
+    (choice,) = tune_columns.compare(cases, card, 3e-3)
+    assert (choice.cuda_us, choice.triton_us) == pytest.approx((6.0, 4.0))
+    assert str(choice) == "cga C=64: triton (cuda 6.0, triton 4.0 us)"
+    tuned.remember(tune_columns.rows([choice], 90))
+    found = tuned.row("cuda", "cga", 90, "cga C=64")
+    assert found == {"tiles": {}, "cuda_ns": 6000, "triton_ns": 4000}
+    assert tuned.row("cuda", "cga", 80, "cga C=64") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"wrong": 0.1}, "its result differs from triton's by 0.1"),
+        ({"wrong": float("nan")}, "its result differs from triton's by nan"),
+        ({"why": "cuda: no NVIDIA driver"}, "cuda: no NVIDIA driver"),
+    ],
+    ids=["wrong", "nan", "missing"],
+)
+def test_a_column_that_is_out_is_said_and_not_remembered(settings, says):
+    one, card = rival({"cuda": 1.0, "triton": 8.0}, **settings)
+    (choice,) = tune_columns.compare([one], card, 3e-3)
+    assert says in choice.refused and choice.row is None and says in str(choice)
+    tuned.remember(tune_columns.rows([choice], 90))
+    assert tuned.row("cuda", "cga", 90, "cga C=64") is None
+
+
+def test_a_kernel_that_fails_is_one_line():
+    one, card = rival({})
+    card.output = lambda plan, y: (_ for _ in ()).throw(RuntimeError("cuda: the launch\n failed"))
+    (choice,) = tune_columns.compare([one], card, 3e-3)
+    assert choice.refused == "RuntimeError: cuda: the launch failed"
+
+
+def test_the_command_compares_the_columns(fake_card, monkeypatch, capsys):
+    one, card = rival({"cuda": 1.0, "triton": 8.0})
+    card.times_us = lambda plans: [1.0, 8.0][: len(plans)]
+    monkeypatch.setattr(tune, "_cases", lambda args, arch: [one])
+    monkeypatch.setattr(tune, "Card", lambda device: card)
+    assert main(["tune"]) == 0
+    assert "cga C=64: cuda (cuda 1.0, triton 8.0 us)" in capsys.readouterr().out
+    assert main(["tune", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["columns"]
+    assert found["cuda_us"] == pytest.approx(1.0)
+    assert tuned.row("cuda", "cga", 90, "cga C=64")["cuda_ns"] == 1000
+
+
+def test_real_cases_have_a_cuda_plan(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(modules, "missing", lambda arch: "")
+    args = tune.argparse.Namespace(
+        model="m0", op="dw_ffn,cga", dtype="float16", batch=(1,), device="cpu"
+    )
+    for c in tune._cases(args, 90):
+        assert not c.without_cuda and c.sizes.startswith(f"{c.op} C=")
+        assert {launch.kernel.op for launch in c.cuda()} == {c.op}
 
 
 def test_real_cases_look_their_rows_up_and_name_candidates(monkeypatch):
