@@ -16,6 +16,7 @@ from evit_fast.cuda.occupancy import CARDS, blocks_per_sm
         (70, 168, 0, 256, 1),  # 12 warps
         (70, 129, 0, 128, 3),  # 4352 a warp, in units of 256: 3 in a quarter
         (70, 128, 0, 128, 4),
+        (70, 144, 0, 64, 6),  # 4608 a warp: 3 in a quarter, though 14 in all would fit
         (70, 32, 48 << 10, 128, 2),
         (70, 32, (48 << 10) + 1, 128, 1),
         (70, 16, 0, 32, 32),  # the most blocks

@@ -48,6 +48,65 @@ def test_a_branch_counts_once_for_each_warp_that_takes_it():
     assert (block.executed["FADD"], block.executed["FMUL"]) == (1, 2)
 
 
+def test_both_sides_of_a_branch_meet_again():
+    """The lower half loops twice; what comes after is issued once for the warp."""
+    block = machine(
+        "S2R R0, SR_TID.X",
+        "ISETP.GE.AND P0, PT, R0, 0x10, PT",
+        "IMAD.MOV.U32 R1, RZ, RZ, RZ",
+        "@P0 BRA `(.L_x_1)",
+        ".L_x_0:",
+        "FADD R2, R2, R3",
+        "IADD3 R1, R1, 0x1, RZ",
+        "ISETP.LT.AND P1, PT, R1, 0x2, PT",
+        "@P1 BRA `(.L_x_0)",
+        ".L_x_1:",
+        "FMUL R2, R2, R3",
+        "EXIT",
+        threads=32,
+    ).run(0)
+    assert (block.executed["FADD"], block.executed["FMUL"]) == (2, 1)
+    assert block.issued == 4 + 2 * 4 + 2
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("SHF.L.U32 R1, R0, 0x4, RZ", 0xFFFFFF60),
+        ("SHF.R.U32.HI R1, RZ, 0x4, R0", 0x0FFFFFFF),
+        ("SHF.R.S32.HI R1, RZ, 0x4, R0", 0xFFFFFFFF),
+        ("LEA.HI R1, R0, R2, RZ, 0x1", 8),  # + the sign bit
+        ("LEA.HI.SX32 R1, R0, R2, 0x1e", 4),  # + -10 >> 2
+        ("LOP3.LUT R1, R0, 0xf, RZ, 0xc0, !PT", 6),
+        ("LOP3.LUT R1, R0, R2, RZ, 0x3c, !PT", 0xFFFFFFF1),
+        ("IADD3 R1, R2, -R0, 0x1", 18),
+        ("IMAD R1, R0, R2, 0x3", 2**32 - 67),
+        ("SEL R1, R0, R2, !PT", 7),
+        ("PRMT R1, R0, 0x5410, R2", 0x0007FFF6),
+        ("IMAD.WIDE R4, R0, R2, RZ", None),
+    ],
+)
+def test_integers(line, value):
+    """R0 is -10, R2 is 7."""
+    m = machine("MOV R0, 0xfffffff6", "MOV R2, 0x7", line, "EXIT", threads=32)
+    m.run(0)
+    if value is None:
+        assert (m.registers[5, 0], m.registers[4, 0]) == (0xFFFFFFFF, 2**32 - 70)
+    else:
+        assert m.registers[1, 0] == value
+
+
+def test_comparison_of_two_words():
+    """(1, 5) >= (1, 6)? The low words decide where the high ones are equal."""
+    m = machine(
+        "MOV R0, 0x5", "MOV R1, 0x6", "MOV R2, 0x1",
+        "ISETP.GE.U32.AND P0, PT, R0, R1, PT", "ISETP.GE.AND.EX P1, PT, R2, R2, PT, P0",
+        "ISETP.GE.U32.AND P0, PT, R1, R0, PT", "ISETP.GE.AND.EX P2, PT, R2, R2, PT, P0", "EXIT",
+    )  # fmt: skip
+    m.run(0)
+    assert (m.predicates[1, 0], m.predicates[2, 0]) == (False, True)
+
+
 @pytest.mark.parametrize(("stride", "waves"), [(4, 1), (8, 2), (128, 32), (132, 1)])
 def test_bank_conflicts(stride, waves):
     block = machine(
@@ -66,6 +125,15 @@ def test_sectors_and_lines():
     block = machine(*load).run(0)
     assert (block.sectors, block.distinct, block.stored) == (64, 32, 32)
     assert block.lines == 3 * 8
+
+
+def test_lanes_that_are_off_touch_nothing():
+    block = machine(
+        "S2R R0, SR_TID.X", "ISETP.LT.AND P0, PT, R0, 0x4, PT", "IMAD.SHL.U32 R0, R0, 0x80, RZ",
+        "@P0 LDS.U R1, [R0]", "EXIT",
+        threads=32, shared_bytes=512,
+    ).run(0)  # fmt: skip
+    assert block.shared_waves == 4
 
 
 def test_shared_memory_keeps_addresses():
