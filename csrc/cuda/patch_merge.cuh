@@ -12,7 +12,7 @@
 //   g         T [images * outputs][F]   49 outputs, F = 768: 75 KiB; 16, F = 1152: 36 KiB
 //   x         T [tokens][C]             112 tokens, C = 192: 46 KiB
 //   h         T [tokens][hidden]        112 tokens, hidden = 128: 32 KiB
-//   parts     float [images][threads][4]  sums of a tile, by thread
+//   parts     float [images of a tile][threads][4]
 //   sums      float [images][F]         then the gate
 //   squeezed  float [images][R]
 //

@@ -32,6 +32,12 @@ EVIT_HOST_DEVICE int patch_merge_fit(int n, int most) {
   return fit == 0 ? 0 : (outputs + (outputs + fit - 1) / fit - 1) / ((outputs + fit - 1) / fit);
 }
 
+// Maps of a tile at most. One of more than 16 outputs that shares its tile is too rare for the
+// bytes of another map's sums: two images of F = 768 would not fit in 227 KiB.
+EVIT_HOST_DEVICE int patch_merge_tile_images(const PatchMergeSizes& s) {
+  return s.outputs > 16 ? 1 : s.images;
+}
+
 struct PatchMergeTiling {
   int images;         // of a tile; more than one only where a tile is the whole map
   int rows, columns;  // outputs of a tile of one image
@@ -42,8 +48,8 @@ EVIT_HOST_DEVICE PatchMergeTiling patch_merge_tiling(const PatchMergeSizes& s, i
   const int h = static_cast<int>(H), w = static_cast<int>(W);
   const int OH = (h + 1) / 2, OW = (w + 1) / 2;
   if (H * W <= s.tokens) {
-    const int fit = s.tokens / (h * w);
-    return {fit < s.images ? fit : s.images, OH, OW, 1, 1};
+    const int fit = s.tokens / (h * w), most = patch_merge_tile_images(s);
+    return {fit < most ? fit : most, OH, OW, 1, 1};
   }
   int rows = patch_merge_fit(h, s.tokens / w), columns = OW;
   if (rows < 2) {
@@ -73,7 +79,7 @@ EVIT_HOST_DEVICE PatchMergeMemory patch_merge_memory(const PatchMergeSizes& s, i
   m.x = whole ? s.images * s.outputs * g_row : 0;
   m.h = m.x + s.tokens * row_stride(family, s.C) * bytes;
   m.parts = m.h + s.tokens * row_stride(family, s.hidden) * bytes;
-  m.sums = m.parts + s.images * s.warps * 32 * 4 * 4;  // four channels a thread
+  m.sums = m.parts + patch_merge_tile_images(s) * s.warps * 32 * 4 * 4;  // four channels a thread
   m.squeezed = m.sums + (whole ? s.images * s.F * 4 : 0);
   m.end = m.squeezed + (whole ? s.images * s.R * 4 : 0);
   const int read = whole ? patch_merge_output_rows(s) * g_row : 0;

@@ -82,28 +82,48 @@ class Split(NamedTuple):
     project: Project
 
 
-# The whole form, by outputs of a map: the first row whose block fits, `blocks_per_sm` times, in the
-# shared memory of the architecture. From registers and shared memory; no card was at hand.
-#   49 (14 x 14 tokens)  112 rows are half a map, its halo included.
-#       two blocks an SM: one multiplies while the other convolves or waits for squeeze-excite's
-#         weights. F=256 from sm_80, F=512 on sm_90 and sm_100.
-#       two images a block: w3, se1 and se2 are read once for both. F=768 on sm_90 and sm_100.
-#       one image: F=512 and 768 on sm_80. sm_70 has F=256 twice, sm_75 once; F=512 there and on
-#         sm_86, 89 and 120, and F=768 but on sm_80, 90 and 100, take the split form.
-#   16 (7 x 7 tokens)    112 rows are two maps: 98 useful rows where one map has 49 of 64, and every
-#       weight is read once for both. sm_70, 86, 89 and 120 to F=768; then one image, as on sm_75.
+# The whole form, by outputs of a map (49: 14 x 14 tokens, 16: 7 x 7) and hidden channels: the first
+# row whose block fits, `blocks_per_sm` times, in the shared memory of the architecture. From
+# counts, registers and shared memory; no card was at hand. Which row a model's shape takes in 16
+# bits, by KiB of a block:
+#
+#   outputs, F   64 (sm_75)  96, 99 (sm_70, 86, 89, 120)  163 (sm_80)   227 (sm_90, 100)
+#   49, 256      80 rows     two images                   two blocks    two blocks
+#   49, 512-576  split       split                        two images    two blocks
+#   49, 768      split       split                        one image     two images
+#   16, 256      two images  two images                   two blocks    two blocks
+#   16, 512-576  one image   two images                   two images    two blocks
+#   16, 768-960  split       one image                    two images    two images
+#   16, 1024-    split       one image                    two images    two images
+#
+#   112 rows    half a map of 14 x 14, its halo included, or two of 7 x 7.
+#   two blocks  on an SM: one multiplies while the other convolves or waits for the weights of
+#               squeeze-excite.
+#   two images  of a block: w3, se1 and se2 are read once for both; of 7 x 7 w1 too, and 98 of 112
+#               rows have work where one map has 49 of 64. With 64 channels a step four of the
+#               eight warps multiply (one a scheduler, seven sums each), all eight do the rest.
+#   80 rows     a quarter of a map, for 64 KiB. Wider maps have no such row: F=512 would fit in 96
+#               KiB so, but read w1 four times (1.0 MB from L2 an image, the split form 0.6 MB and
+#               0.1 MB of g) and multiply 320 rows an image, the split form 224.
+NARROW = 256  # hidden channels
 WHOLE = {
-    49: (
+    "49, narrow": (
         Whole(112, 64, 4, 1, 49, 2),
-        Whole(112, 128, 8, 2, 49, 1),
+        Whole(112, 64, 8, 2, 49, 1),
+        Whole(112, 128, 8, 1, 49, 1),
+        Whole(80, 64, 4, 1, 49, 1),
+    ),
+    "49": (
+        Whole(112, 64, 4, 1, 49, 2),
         Whole(112, 64, 8, 2, 49, 1),
         Whole(112, 128, 8, 1, 49, 1),
         Whole(112, 64, 8, 1, 49, 1),
     ),
-    16: (
+    "16": (
         Whole(112, 64, 4, 2, 16, 2),
         Whole(112, 128, 8, 2, 16, 1),
         Whole(112, 64, 8, 2, 16, 1),
+        Whole(64, 64, 8, 2, 16, 1),  # one map a tile
         Whole(64, 64, 4, 1, 16, 1),
     ),
 }
@@ -154,7 +174,8 @@ def shared_bytes(s: Shape, c: Whole | Hidden, family: int) -> int:
     """Shared memory of a block of either: patch_merge_memory()."""
     number = 2 if family else 4
     g_row = row_stride(family, s.F) * number
-    sums = c.images * c.warps * 512
+    tile_images = 1 if isinstance(c, Whole) and c.outputs > 16 else c.images
+    sums = tile_images * c.warps * 512
     tile = c.tokens * (row_stride(family, s.C) + row_stride(family, c.hidden)) * number + sums
     if isinstance(c, Hidden):
         return tile
@@ -192,7 +213,8 @@ def tiles(tokens: int, H: int, W: int) -> int:
 def whole_config(s: Shape, family: int, arch: int, H: int, W: int) -> Whole | None:
     """The row of the whole form for a map; None where it does not fit on chip."""
     OH, OW = out_hw(H, W)
-    for row in WHOLE[16 if OH * OW <= 16 else 49]:
+    key = "16" if OH * OW <= 16 else "49, narrow" if s.F <= NARROW else "49"
+    for row in WHOLE[key]:
         if OH * OW <= row.outputs and fits(shared_bytes(s, row, family), row.blocks_per_sm, arch):
             return row
     return None
@@ -284,6 +306,11 @@ def _parts(s: Shape, dtype: torch.dtype, B: int, H: int, W: int, tokens: int) ->
     return Parts(*(-(-B * n * size // 256) * 256 for n, size in zip(counts, sizes, strict=True)))
 
 
+def split_bytes(s: Shape, dtype: torch.dtype, B: int, H: int, W: int, form: Split) -> int:
+    """Bytes of the split form in these rows."""
+    return sum(_parts(s, dtype, B, H, W, form.hidden.tokens))
+
+
 def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
     """Bytes of the split form on any architecture, a multiple of 256; 0 where none takes it."""
     most = 0
@@ -293,8 +320,7 @@ def scratch(s: Shape, dtype: torch.dtype, B: int, H: int, W: int) -> int:
         for deterministic in (False, True):
             where = (s, family(arch, dtype), arch, B, H, W, deterministic)
             if whole_form(*where) is None:
-                tokens = split_form(*where).hidden.tokens
-                most = max(most, sum(_parts(s, dtype, B, H, W, tokens)))
+                most = max(most, split_bytes(s, dtype, B, H, W, split_form(*where)))
     return most
 
 
