@@ -3,7 +3,7 @@
 #   make test    everything, in at most 13 minutes        make bench   the six models against every peer
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
-#   make test-emulator  the CUDA kernels on the CPU: every shape and tile family
+#   make test-emulator  the CUDA kernels on the CPU: every shape and tile family, sanitizers, seeded bugs
 #   make test-cuda    NVRTC and the cache of cubins: every cold start, kill and damaged file
 #   make compiled     what Triton makes of its kernels: rewrites kernels/compiled.csv
 #   make compiled-cuda    what NVRTC makes of the CUDA kernels: rewrites evit_fast/cuda/compiled.csv

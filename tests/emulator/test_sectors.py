@@ -15,13 +15,15 @@ from tests.ops.eager import Case, cases
 
 ALLOWED = 1.15  # distinct sectors over cost()
 
-# Maps between the kernels of an op, written and read once: on the model's cards they stay in L2 at
-# batch 16 (6 MiB and more), and cost() does not count them.
+# Ops that write something for their next launch, and why. cost() does not count it; at batch 16 it
+# stays in an L2 of 6 MiB for all but the stem.
 THROUGH_MEMORY = {
     "stem": "maps 2 and 3: four convolutions in one block would compute their borders many times",
-    "cga": "relu(concat) where C > 96: two attention blocks an SM, cga.cuh; and x again",
+    "dw_ffn": "float32 partial sums where tokens are few: more SMs draw the weights",
+    "cga": "relu(concat) where C > 96: two attention blocks fit on an SM",
     "patch_merge": "the hidden map: its gate needs the mean over the whole image",
 }
+READ_AGAIN = {"cga": 1.5}  # x for the residual, in the projection of its own: most without scratch
 
 KERNEL = """
 #include "instructions.cuh"
@@ -94,8 +96,9 @@ def shipped() -> list:
 @pytest.mark.parametrize(("case", "arch"), shipped())
 def test_memory_traffic_is_near_the_cost(case: Case, arch: int):
     found = row(case, 2, arch)
-    assert float(found["ratio_without_scratch"]) <= ALLOWED, found
     if found["scratch"]:
+        most = READ_AGAIN.get(case.shape.op, ALLOWED)
+        assert float(found["ratio_without_scratch"]) <= most, found
         assert case.shape.op in THROUGH_MEMORY, found
     else:
         assert float(found["ratio"]) <= ALLOWED, found
