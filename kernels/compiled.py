@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import importlib
 import multiprocessing
 import os
@@ -174,9 +175,11 @@ def plan(
 
 def every_launch(op: str, dtype: torch.dtype, arch: int) -> Iterator[Special]:
     """Every launch of M0 .. M5 at 224 pixels and at every batch of BATCHES, with its op's dtype
-    inside and out; stems for uint8 pixels too. Many are one binary: see `binaries`.
+    inside and out; stems for uint8 pixels, classifiers without classes too. Many are one binary:
+    see `binaries`.
     """
-    for s, side in shapes(op):
+    pooling = [(dataclasses.replace(s, N=0), side) for s, side in shapes(op)] if op == "classifier" else []
+    for s, side in shapes(op) + pooling:
         for B in BATCHES:
             for deterministic in (False, True):
                 for x_dtype in (dtype, torch.uint8)[: 2 if op == "stem" else 1]:

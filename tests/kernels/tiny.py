@@ -8,6 +8,7 @@ import triton.language as tl
 
 from evit_fast.kernels.dot import dot
 from evit_fast.kernels.launches import Config, Launch, cdiv
+from evit_fast.kernels.relu import relu
 
 SMALL, LARGE = Config({"BT": 16}, 4), Config({"BT": 64}, 4)
 
@@ -30,6 +31,12 @@ def careless_kernel(y_ptr, x_ptr, T, C: tl.constexpr):
     """Its size is specialised: another number of tokens compiles again."""
     offs_c = tl.arange(0, C)
     tl.store(y_ptr + offs_c, tl.load(x_ptr + offs_c) * T)
+
+
+@triton.jit
+def relu_kernel(y_ptr, x_ptr, C: tl.constexpr):
+    offs_c = tl.arange(0, C)
+    tl.store(y_ptr + offs_c, relu(tl.load(x_ptr + offs_c)))
 
 
 def product(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from evit_fast.config import VARIANTS
 from evit_fast.kernels import compiled
@@ -26,6 +29,15 @@ def test_half_precision_uses_tensor_cores_everywhere(arch):
 def test_float32_is_multiplied_as_float32():
     r = compile_launch(tiny.on_meta(100, 64, torch.float32), 80)
     assert r.ffma and not r.mma
+
+
+@pytest.mark.parametrize("arch", compiled.ARCHS)
+def test_relu_lets_nan_through(arch):
+    ptx = triton.compile(
+        ASTSource(tiny.relu_kernel, {"y_ptr": "*fp32", "x_ptr": "*fp32", "C": "constexpr"}, {"C": 64}),
+        target=GPUTarget("cuda", arch, 32),
+    ).asm["ptx"]
+    assert "max.NaN.f32" in ptx and "max.f32" not in ptx
 
 
 def test_a_kernel_that_spills_is_seen():
