@@ -1,4 +1,4 @@
-"""classifier in CUDA (csrc/cuda/classifier.cuh): weights as its kernels read them, and its launches."""
+"""classifier in CUDA (csrc/cuda/classifier.cuh): weights as its kernels read them; its launches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(s: Shape, family: int, B: int, deterministic: bool) -> Config:
 
     few: a tile of classes a warp, 16 blocks at N=1000. many: 64 images read a weight once; half
     the channels of M4 and M5 at a time, 26 KiB, so that three blocks fit on an SM of sm_70. float32
-    has two numbers' bytes and no tensor core to feed: 32.
+    numbers take twice the room: 32 images.
     """
     if B <= FEW_IMAGES and not deterministic:
         return Config(1, 16, 4, 4, _chunk(s.C, 384))
