@@ -4,7 +4,7 @@
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
 #   make test-emulator  the CUDA kernels on the CPU: every shape and tile family, sanitizers, seeded bugs
-#   make test-cuda    NVRTC and the cache of cubins: every cold start, kill and damaged file
+#   make test-cuda    NVRTC's numbers and code for every CUDA kernel and card; the cache of cubins, every cold start, kill and damaged file
 #   make compiled     what Triton makes of its kernels: rewrites kernels/compiled.csv
 #   make compiled-cuda    what NVRTC makes of the CUDA kernels: rewrites evit_fast/cuda/compiled.csv
 #   make v100         the model of a V100: rewrites profiles/results/v100-*
@@ -51,7 +51,7 @@ test-emulator: build
 	@$(DEV)/pytest -q -n 2 --import-mode=importlib tests/emulator
 
 test-cuda: build $(NVDISASM)
-	@EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py tests/cuda tests/profiles
+	@EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py tests/test_cuda_column.py tests/cuda tests/profiles
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write

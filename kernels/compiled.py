@@ -178,8 +178,10 @@ def every_launch(op: str, dtype: torch.dtype, arch: int) -> Iterator[Special]:
     inside and out; stems for uint8 pixels, classifiers without classes too. Many are one binary:
     see `binaries`.
     """
-    pooling = [(dataclasses.replace(s, N=0), side) for s, side in shapes(op)] if op == "classifier" else []
-    for s, side in shapes(op) + pooling:
+    wanted = shapes(op)
+    if op == "classifier":
+        wanted += [(dataclasses.replace(s, N=0), side) for s, side in wanted]
+    for s, side in wanted:
         for B in BATCHES:
             for deterministic in (False, True):
                 for x_dtype in (dtype, torch.uint8)[: 2 if op == "stem" else 1]:

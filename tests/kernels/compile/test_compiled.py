@@ -33,10 +33,9 @@ def test_float32_is_multiplied_as_float32():
 
 @pytest.mark.parametrize("arch", compiled.ARCHS)
 def test_relu_lets_nan_through(arch):
-    ptx = triton.compile(
-        ASTSource(tiny.relu_kernel, {"y_ptr": "*fp32", "x_ptr": "*fp32", "C": "constexpr"}, {"C": 64}),
-        target=GPUTarget("cuda", arch, 32),
-    ).asm["ptx"]
+    signature = {"y_ptr": "*fp32", "x_ptr": "*fp32", "C": "constexpr"}
+    source = ASTSource(tiny.relu_kernel, signature, {"C": 64})
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32)).asm["ptx"]
     assert "max.NaN.f32" in ptx and "max.f32" not in ptx
 
 
