@@ -144,7 +144,8 @@ class Model {
   }
   void run(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
            const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace,
-           size_t workspace_bytes, int threads, double* op_seconds = nullptr) const {
+           size_t workspace_bytes, int threads, double* op_seconds = nullptr,
+           double* stage_seconds = nullptr) const {
     if (sizes.size() != 4 || strides.size() != 4) value_error("x: expected 4 dimensions");
     if (dtype != "float32" && dtype != "uint8")
       value_error("x: expected float32 or uint8, got " + dtype);
@@ -162,7 +163,7 @@ class Model {
     {
       py::gil_scoped_release release;
       failed = evit::timed_run(model_, &in, &out, (void*)workspace, workspace_bytes, threads,
-                               op_seconds, err);
+                               op_seconds, stage_seconds, err);
     }
     if (failed) value_error(err);
   }
@@ -173,6 +174,23 @@ class Model {
     std::vector<double> seconds(model_->model.ops.size());
     run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads, seconds.data());
     return seconds;
+  }
+  py::list stage_times(uintptr_t x, const std::string& dtype, const std::vector<int64_t>& sizes,
+                       const std::vector<int64_t>& strides, uintptr_t y, uintptr_t workspace,
+                       size_t workspace_bytes, int threads) const {
+    const std::vector<evit::BoundOp>& ops = model_->model.ops;
+    std::vector<double> seconds(ops.size() * evit::cpu::kStageCount);
+    run(x, dtype, sizes, strides, y, workspace, workspace_bytes, threads, nullptr, seconds.data());
+    py::list out;
+    for (size_t i = 0; i < ops.size(); i++) {
+      py::list stages;
+      for (const evit::cpu::Stage s : evit::op_stages(ops[i].op.kind)) {
+        stages.append(py::make_tuple(evit::cpu::stage_name(s),
+                                     seconds[i * evit::cpu::kStageCount + (size_t)s]));
+      }
+      out.append(stages);
+    }
+    return out;
   }
 
  private:
@@ -196,6 +214,16 @@ py::list describe(const std::string& program) {
         py::dict(py::arg("op") = name, py::arg("kernel") = std::string("csrc/cpu/") + name + ".cpp",
                  py::arg("isa") = isa_in_use(), py::arg("dtype") = evit::dtype_name(op.dtype),
                  py::arg("supported") = runs));
+  }
+  return out;
+}
+
+py::dict stages() {
+  py::dict out;
+  for (const evit::OpGrammar& g : evit::grammar()) {
+    py::list names;
+    for (const evit::cpu::Stage s : evit::op_stages(g.kind)) names.append(evit::cpu::stage_name(s));
+    out[g.name] = names;
   }
   return out;
 }
@@ -282,6 +310,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("set_max_isa", &set_max_isa, py::arg("name") = py::none(),
         "Caps the instruction set; None lifts the cap.");
   m.def("describe", &describe, py::arg("program"), "What runs each line on this CPU.");
+  m.def("stages", &stages, "The stages of each op in the order of its work, as in stage_times.");
   m.def("ceiling", &ceiling, py::arg("loop"), py::arg("isa"), py::arg("steps"),
         py::arg("buffer") = 0, py::arg("nbytes") = 0,
         "Times clock, fma, read or copy: (seconds; cycles, FLOPs or bytes; vector multiply-adds).");
@@ -303,7 +332,11 @@ PYBIND11_MODULE(_native, m) {
           py::arg("workspace"), py::arg("workspace_bytes"), py::arg("threads"))
       .def("op_times", &Model::op_times, py::arg("x"), py::arg("dtype"), py::arg("sizes"),
            py::arg("strides"), py::arg("y"), py::arg("workspace"), py::arg("workspace_bytes"),
-           py::arg("threads"), "run, and the seconds that every op took (all images together).");
+           py::arg("threads"), "run, and the seconds that every op took (all images together).")
+      .def("stage_times", &Model::stage_times, py::arg("x"), py::arg("dtype"), py::arg("sizes"),
+           py::arg("strides"), py::arg("y"), py::arg("workspace"), py::arg("workspace_bytes"),
+           py::arg("threads"),
+           "run on one thread, and for every op (stage, seconds) of each of its stages.");
   py::class_<File>(m, "File", py::buffer_protocol())
       .def_property_readonly("metadata", &File::metadata)
       .def_buffer(&File::buffer);

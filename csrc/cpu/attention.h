@@ -5,6 +5,7 @@
 // the block nor the tile changes its bits.
 #pragma once
 
+#include "cpu/isa_ops.h"
 #include "cpu/simd.h"
 
 namespace evit::cpu::EVIT_ISA {
@@ -288,6 +289,7 @@ EVIT_NOINLINE void softmax(const Head& h, const Block& b, int panels) {
 
 EVIT_NOINLINE void lone_query(const Head& h, const Block& b, const float* q, int query,
                               int column) {
+  EVIT_STAGE(kScores);
   const int panels = h.S / kPanel;  // and one more key
   float* e = b.keys + kPanel * kDK;
   for (int key = 0; key < h.S; key++) e[key] = h.w->bias[(long)key * h.SP + query];
@@ -304,6 +306,7 @@ EVIT_NOINLINE void lone_query(const Head& h, const Block& b, const float* q, int
   f32 acc = splat(e[h.S - 1]);
   EVIT_UNROLL for (int d = 0; d < kDK; d++) acc = fma(splat(q[d]), splat(k[d]), acc);
   store(e + panels * kPanel, acc);
+  EVIT_STAGE(kSoftmax);
   f32 m = acc, sum = splat(0.0f);
   for (int n = 0; n < panels * kPanel; n += kLanes) m = vmax(m, load(e + n));
   m = splat(hmax(m));
@@ -378,10 +381,14 @@ EVIT_INLINE void values(const Head& h, const Block& b, int n0, int count) {
 EVIT_NOINLINE void attend(const Head& h, const Block& b, int n0, int count) {
   const bool lone = h.S % kPanel == 1 && count % kPanel == 1;
   const int panels = lone ? count / kPanel : (count + kPanel - 1) / kPanel;
+  EVIT_STAGE(kDepthwise);
   const float* rows = queries(h, b, n0, count, panels);
+  EVIT_STAGE(kScores);
   scores(h, b, n0, panels);
+  EVIT_STAGE(kSoftmax);
   softmax(h, b, panels);
   if (lone) lone_query(h, b, rows + (count - 1) * kDK, n0 + count - 1, count - 1);
+  EVIT_STAGE(kValues);
   values(h, b, n0, count);
 }
 

@@ -174,6 +174,7 @@ void project_out(const Task& t, int first, int count) {
 
 void windows(const Task& t, int first, int count) {
   const int S = t.s.s();
+  EVIT_STAGE(kGather);
   for (int i = 0; i < count; i++) {
     window_tokens(t.grid, window_at(t.grid, first + i), t.io.x, t.zeros, t.tokens + (long)i * S);
   }
@@ -183,15 +184,20 @@ void windows(const Task& t, int first, int count) {
   }
   for (int i = 0; i < t.s.heads; i++) {
     t.team.sync();
+    EVIT_STAGE(kQkv);
     project_in(t, first, count, i);
     t.team.sync();
     attention(t, count, i);
   }
   t.team.sync();
+  EVIT_STAGE(kProject);
   project_out(t, first, count);
 }
 
 }  // namespace
+}  // namespace evit::cpu::EVIT_ISA
+
+namespace EVIT_KERNELS {
 
 size_t cga_scratch(const CgaShape& s, int B, int H, int W, int team) {
   size_t most = 0;  // a smaller team than planned for may come
@@ -227,4 +233,4 @@ void cga(const CgaShape& s, const CgaWeights& w, const MapIo& io) {
   }
 }
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -21,6 +21,9 @@ EVIT_NOINLINE void pool(const MapIo& io, int C, int c0, int c1, float* out) {
 }
 
 }  // namespace
+}  // namespace evit::cpu::EVIT_ISA
+
+namespace EVIT_KERNELS {
 
 size_t classifier_scratch(const ClassifierShape& s, int B, int, int, int) {
   return (size_t)B * (s.C + kPanel);
@@ -32,10 +35,12 @@ void classifier(const ClassifierShape& s, const ClassifierWeights& w, const MapI
   const int c0 = (int)((long)groups * team.rank / team.size) * kPanel;
   const int c1 = (int)((long)groups * (team.rank + 1) / team.size) * kPanel;
   float* pooled = s.N == 0 ? io.y : io.scratch;
+  EVIT_STAGE(kPool);
   pool(io, s.C, c0, c1, pooled);
   if (s.N == 0) return;
   team.sync();
 
+  EVIT_STAGE(kLinear);
   const int whole = s.N / kPanel * kPanel;
   const GemmArgs layer{io.B, s.C, whole, pooled, s.C, w.w, w.bias, io.y, s.N, nullptr, 0};
   gemm(Epilogue::kBias, gemm_columns(layer, team.rank, team.size));
@@ -48,4 +53,4 @@ void classifier(const ClassifierShape& s, const ClassifierWeights& w, const MapI
     for (int n = whole; n < s.N; n++) io.y[(long)b * s.N + n] = tail[(long)b * kPanel + n - whole];
 }
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -76,6 +76,9 @@ void by_columns(const DwFfnShape& s, const DwFfnWeights& w, const MapIo& io) {
 }
 
 }  // namespace
+}  // namespace evit::cpu::EVIT_ISA
+
+namespace EVIT_KERNELS {
 
 size_t dw_ffn_scratch(const DwFfnShape& s, int B, int H, int W, int team) {
   if (split_columns(B, H, W, team)) return (size_t)B * H * W * (s.C + s.F);
@@ -89,10 +92,13 @@ void dw_ffn(const DwFfnShape& s, const DwFfnWeights& w, const MapIo& io) {
   float* hidden = y + (size_t)blocks.max_rows * io.W * s.C;
   for (int b = io.team.rank; b < blocks.count; b += io.team.size) {
     const int r0 = blocks.start(b), r1 = blocks.start(b + 1), T = (r1 - r0) * io.W;
+    EVIT_STAGE(kDepthwise);
     depthwise_rows(s, w, io, r0, r1, 0, s.C, y);
+    EVIT_STAGE(kUp);
     gemm(Epilogue::kRelu, up(s, w, T, y, hidden));
+    EVIT_STAGE(kDown);
     gemm(Epilogue::kResidual, down(s, w, T, hidden, y, io.y + (long)r0 * io.W * s.C));
   }
 }
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -1,9 +1,22 @@
-// Declarations of one instruction set's kernels; only instruction-set files include this.
+// Declarations of one instruction set's kernels; only instruction-set files include this. A file
+// that does is compiled in both forms of stages.h: what it defines outside its anonymous namespace
+// belongs into EVIT_KERNELS.
 #pragma once
 
 #include "cpu/ops.h"
+#include "cpu/stages.h"
 
-namespace evit::cpu::EVIT_ISA {
+// EVIT_STAGE(kQkv): what follows is this stage of the op. A macro, because even an empty function
+// in a loop changes where the compiler keeps its variables.
+#ifdef EVIT_STAGES
+#define EVIT_KERNELS evit::cpu::EVIT_ISA::stages
+#define EVIT_STAGE(name) enter_stage(Stage::name)
+#else
+#define EVIT_KERNELS evit::cpu::EVIT_ISA
+#define EVIT_STAGE(name) ((void)0)
+#endif
+
+namespace EVIT_KERNELS {
 
 size_t stem_scratch(const StemShape& s, int H, int W, int team);
 void stem(const StemShape& s, const StemWeights& w, const StemIo& io);
@@ -16,4 +29,4 @@ void patch_merge(const PatchMergeShape& s, const PatchMergeWeights& w, const Map
 size_t classifier_scratch(const ClassifierShape& s, int B, int H, int W, int team);
 void classifier(const ClassifierShape& s, const ClassifierWeights& w, const MapIo& io);
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -67,8 +67,10 @@ void expand_and_reduce(const PatchMergeShape& s, const PatchMergeWeights& w, con
   for (long t = first; t < last; t++) {
     const int b = (int)(t / panels), n = (int)(t % panels) * kHiddenPanel;
     const int width = s.F - n < kHiddenPanel ? s.F - n : kHiddenPanel;
+    EVIT_STAGE(kExpand);
     gemm(Epilogue::kRelu, {T, s.C, width, io.x + (long)b * T * s.C, s.C, w.w1 + (long)n * s.C,
                            w.b1 + n, hidden, width, nullptr, 0});
+    EVIT_STAGE(kDepthwise);  // and the sums of the pool, in its registers
     reduce(s, w, io.H, io.W, n, width, hidden, g + b * out + n, pool + b * ld + n);
   }
 }
@@ -90,6 +92,9 @@ void scale_rows(const PatchMergeShape& s, long per_image, long t0, long t1, cons
 }
 
 }  // namespace
+}  // namespace evit::cpu::EVIT_ISA
+
+namespace EVIT_KERNELS {
 
 size_t patch_merge_scratch(const PatchMergeShape& s, int B, int H, int W, int team) {
   return (size_t)Layout(s, B, H, W, team).total;
@@ -106,18 +111,22 @@ void patch_merge(const PatchMergeShape& s, const PatchMergeWeights& w, const Map
   expand_and_reduce(s, w, io, g, pool, mid + l.mid + l.hidden * team.rank);
   team.sync();
 
+  EVIT_STAGE(kSqueeze);
   gemm(Epilogue::kRelu,
        gemm_columns({io.B, s.F, s.R, pool, ld, w.se1, w.se1_bias, mid, s.R, nullptr, 0}, team.rank,
                     team.size));
   team.sync();
+  EVIT_STAGE(kExcite);
   const GemmArgs excite = gemm_columns(
       {io.B, s.R, s.F, mid, s.R, w.se2, w.se2_bias, gate, ld, nullptr, 0}, team.rank, team.size);
   gemm(Epilogue::kBias, excite);
+  EVIT_STAGE(kGate);
   gate_columns(s, io.B, (int)(excite.c - gate), (int)(excite.c - gate) + excite.N, gate);
   team.sync();
 
   const long t0 = l.tokens * team.rank / team.size, t1 = l.tokens * (team.rank + 1) / team.size;
   scale_rows(s, (long)halved(io.H) * halved(io.W), t0, t1, gate, g);
+  EVIT_STAGE(kProject);
   if (team.size > 1 && l.tokens <= kColumnSplitTokens) {
     team.sync();
     gemm(Epilogue::kBias,
@@ -129,4 +138,4 @@ void patch_merge(const PatchMergeShape& s, const PatchMergeWeights& w, const Map
   }
 }
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -104,6 +104,9 @@ EVIT_INLINE int first_needed(int r) { return r > 0 ? 2 * r - 1 : 0; }
 EVIT_INLINE int needed_end(int r, int H) { return 2 * r + 2 < H ? 2 * r + 2 : H; }
 
 }  // namespace
+}  // namespace evit::cpu::EVIT_ISA
+
+namespace EVIT_KERNELS {
 
 size_t stem_scratch(const StemShape& s, int H, int W, int team) {
   return (size_t)plan(s, H, W).rank * team;
@@ -115,6 +118,7 @@ void stem(const StemShape& s, const StemWeights& w, const StemIo& io) {
   const int y1 = (int)((long)p.H[4] * (io.team.rank + 1) / io.team.size);
   if (y0 == y1) return;
 
+  EVIT_STAGE(kLoad);
   const bool u8 = io.type == PixelType::kUint8;
   float* scratch = io.scratch + p.rank * io.team.rank;
   float* outside = scratch;
@@ -143,15 +147,20 @@ void stem(const StemShape& s, const StemWeights& w, const StemIo& io) {
     for (; n3 < needed_end(y, p.H[3]); n3++) {
       for (; n2 < needed_end(n3, p.H[2]); n2++) {
         for (; n1 < needed_end(n2, p.H[1]); n1++) {
+          EVIT_STAGE(kLoad);
           for (; n0 < needed_end(n1, p.H[0]); n0++) c.input(n0);
+          EVIT_STAGE(kConv1);
           c.conv1(n1);
         }
+        EVIT_STAGE(kConv2);
         c.conv2(n2);
       }
+      EVIT_STAGE(kConv3);
       c.conv3(n3);
     }
+    EVIT_STAGE(kConv4);
     c.conv4(y);
   }
 }
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

@@ -2,7 +2,7 @@
 #include "cpu/isa_ops.h"
 #include "cpu/simd.h"
 
-namespace evit::cpu::EVIT_ISA {
+namespace EVIT_KERNELS {
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
@@ -19,4 +19,4 @@ const Kernels kKernels = {
     classifier,
 };
 
-}  // namespace evit::cpu::EVIT_ISA
+}  // namespace EVIT_KERNELS

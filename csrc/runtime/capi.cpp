@@ -67,7 +67,8 @@ int guarded(char* err, Body&& body) {
 }  // namespace
 
 int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
-                    size_t workspace_bytes, int threads, double* op_seconds, char* err) {
+                    size_t workspace_bytes, int threads, double* op_seconds, double* stage_seconds,
+                    char* err) {
   return guarded(err, [&] {
     const evit::Model& m = model->model;
     std::string error = check_input(m, *x);
@@ -76,6 +77,8 @@ int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* 
     if (!k) return fail(err, error);
     const int64_t B = x->sizes[0], H = x->sizes[m.starts_with_stem() ? 2 : 1],
                   W = x->sizes[m.starts_with_stem() ? 3 : 2];
+    if (stage_seconds && threads != 1)
+      return fail(err, "stage times need one thread, got " + std::to_string(threads));
     const int running = evit::running_threads(threads, &error);
     if (!error.empty()) return fail(err, error);
     evit::Plan plan;
@@ -97,7 +100,8 @@ int evit::timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* 
     if (elements(*x) == 0) return 0;
     if (op_seconds && plan.teams > 1)
       return fail(err, "op times need one thread, or fewer images than threads");
-    evit::run_plan(m, *k, plan, *x, (float*)y->data, (float*)workspace, op_seconds);
+    if (stage_seconds) k = evit::stage_kernels(k);
+    evit::run_plan(m, *k, plan, *x, (float*)y->data, (float*)workspace, op_seconds, stage_seconds);
     return 0;
   });
 }
@@ -167,7 +171,7 @@ int64_t evit_workspace_bytes(const evit_model* model, int64_t B, int64_t H, int6
 
 int evit_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
              size_t workspace_bytes, int threads, char* err) {
-  return evit::timed_run(model, x, y, workspace, workspace_bytes, threads, nullptr, err);
+  return evit::timed_run(model, x, y, workspace, workspace_bytes, threads, nullptr, nullptr, err);
 }
 
 const char* evit_isa(void) {

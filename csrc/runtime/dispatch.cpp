@@ -11,6 +11,9 @@ namespace cpu {
 #define EVIT_DECLARE(name, flags) \
   namespace name {                \
   extern const Kernels kKernels;  \
+  namespace stages {              \
+  extern const Kernels kKernels;  \
+  }                               \
   }
 EVIT_ISAS(EVIT_DECLARE)
 #undef EVIT_DECLARE
@@ -37,6 +40,9 @@ bool machine_has(const char* name) {
 
 #define EVIT_TABLE(name, flags) &cpu::name::kKernels,
 constexpr const cpu::Kernels* kTables[] = {EVIT_ISAS(EVIT_TABLE)};
+#undef EVIT_TABLE
+#define EVIT_TABLE(name, flags) &cpu::name::stages::kKernels,
+constexpr const cpu::Kernels* kStageTables[] = {EVIT_ISAS(EVIT_TABLE)};
 #undef EVIT_TABLE
 constexpr int kTableCount = sizeof(kTables) / sizeof(kTables[0]);
 
@@ -80,6 +86,12 @@ const cpu::Kernels* kernels(std::string* error) {
   const char* cap = std::getenv("EVIT_FAST_MAX_ISA");
   if (!set_max_isa(cap && *cap ? cap : nullptr, error)) return nullptr;
   return g_kernels.load(std::memory_order_acquire);
+}
+
+const cpu::Kernels* stage_kernels(const cpu::Kernels* k) {
+  int i = 0;
+  while (kTables[i] != k) i++;
+  return kStageTables[i];
 }
 
 }  // namespace evit

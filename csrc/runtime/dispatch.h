@@ -18,4 +18,7 @@ bool set_max_isa(const char* name, std::string* error);
 // The kernels in use, or null and one sentence when EVIT_FAST_MAX_ISA holds an unknown name.
 const cpu::Kernels* kernels(std::string* error);
 
+// The form of these kernels that enters stages (cpu/stages.h).
+const cpu::Kernels* stage_kernels(const cpu::Kernels* k);
+
 }  // namespace evit

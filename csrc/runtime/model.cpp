@@ -49,6 +49,7 @@ struct Run {
   float* y;
   float* workspace;
   double* op_seconds;
+  uint64_t* stage_ticks;
   std::atomic<int> next_chunk{0};
   SpinBarrier barrier{};
 
@@ -110,7 +111,9 @@ void Run::chunk(int c, float* arena, Team team) {
                      : last_segment   ? y + (image0 + g) * out_floats
                                       : arena + plan.boundary[s + 1] + g * out_floats;
         const double start = op_seconds ? seconds() : 0.0;
+        if (stage_ticks) cpu::begin_stages(stage_ticks + (size_t)i * cpu::kStageCount);
         op(i, n, in, out, image0 + g, arena + plan.scratch, team);
+        if (stage_ticks) cpu::end_stages();
         if (op_seconds && team.rank == 0) op_seconds[i] += seconds() - start;
         in = out;
       }
@@ -247,9 +250,38 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
 }
 
 void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x,
-              float* y, float* workspace, double* op_seconds) {
-  Run run{m, k, plan, x, y, workspace, op_seconds};
+              float* y, float* workspace, double* op_seconds, double* stage_seconds) {
+  std::vector<uint64_t> ticks(stage_seconds ? m.ops.size() * cpu::kStageCount : 0);
+  Run run{m, k, plan, x, y, workspace, op_seconds, stage_seconds ? ticks.data() : nullptr};
+  const double start = stage_seconds ? seconds() : 0.0;
+  const uint64_t first = stage_seconds ? cpu::stage_ticks_now() : 0;
   pool_run(plan.team > 1 ? plan.team : plan.teams, run_rank, &run);
+  if (!stage_seconds) return;
+  const double each = (seconds() - start) / (double)(cpu::stage_ticks_now() - first);
+  for (size_t i = 0; i < ticks.size(); i++) stage_seconds[i] += (double)ticks[i] * each;
+}
+
+const std::vector<cpu::Stage>& op_stages(OpKind kind) {
+  using S = cpu::Stage;
+  static const std::vector<S> kStem = {S::kLoad, S::kConv1, S::kConv2, S::kConv3, S::kConv4},
+                              kDwFfn = {S::kDepthwise, S::kUp, S::kDown},
+                              kCga = {S::kGather,  S::kQkv,    S::kDepthwise, S::kScores,
+                                      S::kSoftmax, S::kValues, S::kProject},
+                              kPatchMerge = {S::kExpand, S::kDepthwise, S::kSqueeze,
+                                             S::kExcite, S::kGate,      S::kProject},
+                              kClassifier = {S::kPool, S::kLinear};
+  switch (kind) {
+    case OpKind::kStem:
+      return kStem;
+    case OpKind::kDwFfn:
+      return kDwFfn;
+    case OpKind::kCga:
+      return kCga;
+    case OpKind::kPatchMerge:
+      return kPatchMerge;
+    default:
+      return kClassifier;
+  }
 }
 
 }  // namespace evit

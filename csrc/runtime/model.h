@@ -7,6 +7,7 @@
 #include "common/container.h"
 #include "common/grammar.h"
 #include "cpu/ops.h"
+#include "cpu/stages.h"
 #include "evit_fast.h"
 
 namespace evit {
@@ -72,9 +73,12 @@ bool make_plan(const Model& m, const cpu::Kernels& k, int64_t B, int64_t H, int6
                Plan* plan);
 
 // x, y and the workspace have been checked against the plan. op_seconds (null: off) gets the
-// seconds of every op added, all images together; only for a plan of one arena.
+// seconds of every op added, all images together; only for a plan of one arena. stage_seconds
+// (null: off; else kStageCount for every op) gets those of every stage; only for one thread, with k
+// from stage_kernels().
 void run_plan(const Model& m, const cpu::Kernels& k, const Plan& plan, const evit_tensor& x,
-              float* y, float* workspace, double* op_seconds = nullptr);
+              float* y, float* workspace, double* op_seconds = nullptr,
+              double* stage_seconds = nullptr);
 
 }  // namespace evit
 
@@ -87,8 +91,13 @@ struct evit_model {
 
 namespace evit {
 
-// evit_run that also adds up the seconds of every op (op_seconds: one entry per line, or null).
+// evit_run that also adds up the seconds of every op (op_seconds: one entry per line, or null) and
+// of every stage (stage_seconds: kStageCount entries per line, or null).
 int timed_run(const evit_model* model, const evit_tensor* x, evit_tensor* y, void* workspace,
-              size_t workspace_bytes, int threads, double* op_seconds, char* err);
+              size_t workspace_bytes, int threads, double* op_seconds, double* stage_seconds,
+              char* err);
+
+// The stages of an op, in the order of its work.
+const std::vector<cpu::Stage>& op_stages(OpKind kind);
 
 }  // namespace evit
