@@ -79,13 +79,19 @@ class Worker:
     """The parent's end of a worker process."""
 
     def __init__(
-        self, folder: Path, name: str, request: dict[str, Any], variables: dict[str, str]
+        self,
+        folder: Path,
+        name: str,
+        request: dict[str, Any],
+        variables: dict[str, str],
+        command: str = "",
     ) -> None:
+        """command: Python that serves the requests; the benchmark's own unless given."""
         self.log = open(folder / f"{name}.log", "w+")
         # The worker finds the package where this process found it, whatever its own folder is.
         paths = [os.path.abspath(path or ".") for path in sys.path]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", CEILINGS if name == "ceilings" else COMMAND],
+            [sys.executable, "-c", command or COMMAND],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, cwd=folder,
             env={**os.environ, **variables, "PYTHONPATH": os.pathsep.join(paths)},
         )  # fmt: skip
@@ -162,7 +168,9 @@ def _prepare(folder: Path, job: Job, seed: int) -> float:
     return relative_error(got, expected)
 
 
-def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error: float) -> Any:
+def _start(
+    folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error: float, command: str = ""
+) -> Any:
     """(results, the workers that are ready): each peer built and checked, one after the other."""
     results, workers, repeats_us = {}, {}, {}
     for peer in peers:
@@ -179,7 +187,8 @@ def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error:
             "expected": str(folder / "expected.npy"),
             "bound": own_bound if peer == "fused" else PEER_BOUND,
         }
-        worker = Worker(folder, peer, request, environment(PEERS[peer], job.threads, job.isa))
+        variables = environment(PEERS[peer], job.threads, job.isa)
+        worker = Worker(folder, peer, request, variables, command)
         reply = worker.receive(START_S)
         if "error" in reply:
             result.problem = reply["error"]
@@ -193,7 +202,8 @@ def _start(folder: Path, job: Job, peers: Sequence[str], cpus: Any, eager_error:
 def _start_ceilings(folder: Path, job: Job, cpus: Any) -> tuple[Worker | None, str]:
     """The worker, or None and what went wrong."""
     variables = environment(PEERS["fused"], job.threads, job.isa)
-    worker = Worker(folder, "ceilings", {"threads": job.threads, "cpus": cpus}, variables)
+    request = {"threads": job.threads, "cpus": cpus}
+    worker = Worker(folder, "ceilings", request, variables, CEILINGS)
     reply = worker.receive(START_S)
     if "error" in reply:
         worker.close()

@@ -18,6 +18,7 @@ COMMANDS = {
     "explain": "show which kernel runs each op of a model, and why",
     "export": "write a model as plain ONNX, checked",
     "bench": "measure the fused ops against other runtimes",
+    "profile": "show where the time goes, and how much memory-bound time is gone",
     "compile": "compile the CUDA kernels for cards that need not be here",
     "tune": "measure tiles for the kernels on this GPU and remember the best",
     "doctor": "show what this machine and this installation offer",
