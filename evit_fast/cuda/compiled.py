@@ -80,7 +80,7 @@ def missing() -> list[str]:
 
 
 @cache
-def _packed(s: LineShape, dtype: torch.dtype, tiles: int) -> Any:
+def packed(s: LineShape, dtype: torch.dtype, tiles: int) -> Any:
     return column(s.op).prepare(meta_weights(s, dtype), s, dtype, tiles)
 
 
@@ -102,7 +102,7 @@ def plan(
         raise ValueError(why)
     y, x = meta_maps(s, dtype, B, H, W, x_dtype)
     space = meta_space(op.scratch(s, dtype, B, H, W))
-    return op.plan(y, x, _packed(s, dtype, family(arch, dtype)), s, space, arch=arch, **options)
+    return op.plan(y, x, packed(s, dtype, family(arch, dtype)), s, space, arch=arch, **options)
 
 
 def runs(dtype: torch.dtype, arch: int) -> bool:

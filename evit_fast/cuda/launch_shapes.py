@@ -9,14 +9,12 @@ import re
 import struct
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from evit_fast import nvrtc
 from evit_fast.cuda.kernels import Kernel
+from evit_fast.cuda.sources import OPTIONS, texts
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"  # of a checkout
-OPTIONS = ("--std=c++20",)
 LAYOUT = struct.Struct("<qqiiii")  # LaunchShape and four bytes of padding
 SYMBOL = "evit_shapes"
 
@@ -28,17 +26,8 @@ class LaunchShape(NamedTuple):
     shared_bytes: int
 
 
-@cache
-def headers() -> dict[str, str]:
-    """Texts of the device code by name. RuntimeError: not a checkout."""
-    found = {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cuh"))}
-    if not found:
-        raise RuntimeError(f"cuda: no device code in {SOURCES}; this needs a checkout")
-    return found
-
-
 def compile_kernel(kernel: Kernel, arch: int) -> nvrtc.Cubin:
-    return nvrtc.compile(kernel.source, f"{kernel.name}.cu", arch, OPTIONS, headers())
+    return nvrtc.compile(kernel.source, f"{kernel.name}.cu", arch, OPTIONS, texts())
 
 
 def launch_shapes(calls: Sequence[tuple[Kernel, int, int, int]]) -> list[LaunchShape]:
@@ -64,7 +53,7 @@ def launch_shapes(calls: Sequence[tuple[Kernel, int, int, int]]) -> list[LaunchS
             "}",
         ]
     )
-    cubin = nvrtc.compile(source, "launch_shapes.cu", 80, OPTIONS, headers())
+    cubin = nvrtc.compile(source, "launch_shapes.cu", 80, OPTIONS, texts())
     table = symbol_bytes(cubin.code, SYMBOL)
     return [LaunchShape(*row[:4]) for row in LAYOUT.iter_unpack(table)]
 
@@ -76,7 +65,7 @@ def camel(op: str) -> str:
 @cache
 def size_names(op: str) -> tuple[str, ...]:
     """Names of the fields of <Op>Sizes, in order; the last may be an array."""
-    body = re.search(rf"struct {camel(op)}Sizes {{(.*?)}};", "".join(headers().values()), re.S)[1]
+    body = re.search(rf"struct {camel(op)}Sizes {{(.*?)}};", "".join(texts().values()), re.S)[1]
     body = re.sub(r"//.*", "", body)
     fields = ",".join(re.findall(r"int ([^;]*);", body))
     return tuple(re.findall(r"(\w+)(?:\[\w+\])?\s*(?:,|$)", fields))
