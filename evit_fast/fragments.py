@@ -15,9 +15,23 @@ TILE = 16
 COLUMNS = [c & 1 | (c >> 1 & 1) << 2 | (c >> 2 & 1) << 3 | (c >> 3 & 1) << 1 for c in range(TILE)]
 
 
+_newest = FAMILIES[-1]
+
+
+def use_tiles(newest: int) -> None:
+    """From now on float16 takes no tiles newer than these: a later card runs them too, slowly, and
+    verifies them. For a process that has not used the CUDA column yet.
+    """
+    global _newest
+    _newest = newest
+
+
 def family(arch: int, dtype: torch.dtype) -> int:
     """The tile family: 70 for sm_70, 75 for sm_75, 80 from sm_80; 0 for float32 anywhere."""
-    return 0 if dtype == torch.float32 else max(f for f in FAMILIES if f <= arch)
+    if dtype == torch.float32:
+        return 0
+    latest = _newest if dtype == torch.float16 else FAMILIES[-1]
+    return max(f for f in FAMILIES if f <= min(arch, latest))
 
 
 def pack_tiles(matrix: torch.Tensor, family: int, operand: str) -> torch.Tensor:

@@ -46,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--peers", help="of bench (all)")
     add("--repeats", type=int, help=f"({REAL['repeats']})")
     add("--rounds", type=int, help=f"of a time ({REAL['rounds']})")
+    add("--tiles", type=int, choices=(70, 75), help="the CUDA column with an older card's tiles")
     add("--budget", type=float, metavar="SECONDS", help="start no step that would not end in it")
     add("--jobs", type=int, default=0, metavar="N", help="compile the ops first, in N processes")
     add("--again", action="store_true", help="do what is done once more")
@@ -111,12 +112,15 @@ def _plan(args: argparse.Namespace, card: Any) -> Any:
     batches = [int(part) for part in (args.batches or default["batches"]).split(",")]
     if min(batches) < 1:
         raise ValueError(f"--batches: expected numbers of at least 1, got {args.batches}")
-    dtypes = some("--dtypes", args.dtypes or default["dtypes"])
+    dtypes = some("--dtypes", args.dtypes or ("float16" if args.tiles else default["dtypes"]))
+    found = available(card, dtypes[0])
+    if args.tiles:
+        found["triton"] = "--tiles is for the CUDA column"
     return Plan(
         card=card, models=model_names(args.models or default["models"]), dtypes=dtypes,
         batches=batches, peers=some("--peers", args.peers or ",".join(known["--peers"])),
         repeats=args.repeats or default["repeats"], rounds=args.rounds or default["rounds"],
-        round_us=20_000, size=default["size"], columns=available(card, dtypes[0]),
+        round_us=20_000, size=default["size"], columns=found,
     )  # fmt: skip
 
 
@@ -195,8 +199,11 @@ def run(args: argparse.Namespace) -> int:
     from evit_fast.bench.gpu import summary
     from evit_fast.bench.gpu.card import here
     from evit_fast.bench.gpu.results import WARNING, Store
+    from evit_fast.fragments import use_tiles
 
     card = here()
+    if args.tiles:
+        use_tiles(args.tiles)
     if card.dry_run:
         say(WARNING)
         warnings.filterwarnings("ignore", "All-NaN slice", RuntimeWarning)  # a check has some
@@ -207,7 +214,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{MODULE}: {error}", file=sys.stderr)
         return 2
     folder = args.out or Path("out" if card.dry_run else "profiles/results")
-    store = Store(folder, card.slug, card.stamp(), card.dry_run)
+    slug = f"{card.slug}-sm{args.tiles}-tiles" if args.tiles else card.slug
+    store = Store(folder, slug, {**card.stamp(), "tiles": args.tiles}, card.dry_run)
     say(f"{card.name}; {', '.join(args.parts)}; written to {store.path}")
     for column, why in plan.columns.items():
         say(f"column {column}: {why or 'runs'}")
