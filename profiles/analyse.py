@@ -11,13 +11,14 @@ level: of bytes that fill several levels each may hold its share.
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from evit_fast import _native
-from evit_fast.bench.runner import Result, quantile, spread
+from evit_fast.bench.runner import Result, spread
 from evit_fast.config import resolve
 from evit_fast.model_ops import CLASSES as LOGITS
 from evit_fast.model_ops import model_ops
@@ -25,6 +26,7 @@ from evit_fast.profiles import classes
 
 ROOF_SHARE_MOST = 1.05  # above it the measurement is rejected
 OVERHEAD_LEAST = -0.05  # of the wall time: below it the profiler has slowed the ops down
+RESOLVED = 3  # times the resolution of its timer a call must take to be held against the roof
 RESAMPLES, LOW, HIGH = 1000, 0.025, 0.975
 DEFINITIONS = ("paper", "roofline")
 
@@ -66,7 +68,7 @@ def op(entry: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     times = {stage: statistics.median(rounds) for stage, rounds in entry["stages"].items()}
     scale = us / sum(times.values()) if any(times.values()) else 0.0
     found = {
-        **{key: entry[key] for key in ("name", "kind", "shape", "class")},
+        **{key: entry[key] for key in ("name", "kind", "shape", "class", "part")},
         "us": round(us, 2), "calls": calls, "flops": flops, "bytes": moved,
         "intensity": None, "level": None, "ridge": None, "memory_bound": None, "roof_share": None,
         "kernel": entry["kernel"],
@@ -80,16 +82,17 @@ def op(entry: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
     level = level_of(moved / calls, limits)
     at = ridge(level, limits)
     least = calls * roof_us(flops / calls, moved / calls, limits)
+    resolved = us > RESOLVED * calls * entry["resolution"]
     found.update(
         intensity=round(flops / moved, 3), level=level["name"], ridge=round(at, 3),
-        memory_bound=flops / moved < at, roof_share=round(least / us, 4) if us else None,
+        memory_bound=flops / moved < at, roof_share=round(least / us, 4) if resolved else None,
     )  # fmt: skip
     return found
 
 
 def runtime(
     result: Result, entries: Sequence[dict[str, Any]], limits: dict[str, Any], least_bytes: int
-) -> tuple[dict[str, Any], dict[str, Sequence[float] | None]]:
+) -> tuple[dict[str, Any], dict[str, np.ndarray | None]]:
     """(a runtime of the document, its memory-bound time round by round and by definition).
 
     Without stages nobody knows what of a fused op is memory-bound: the paper's figure is None.
@@ -102,8 +105,8 @@ def runtime(
         entry["rounds"] for entry, one in zip(entries, ops, strict=True) if one["memory_bound"]
     ]
     rounds = {
-        "paper": _together(_paper_rounds(entries), len(result.rounds)) if staged else None,
-        "roofline": _together(bound, len(result.rounds)) if known else None,
+        "paper": _table(_paper_rounds(entries), len(result.rounds)) if staged else None,
+        "roofline": _table(bound, len(result.rounds)) if known else None,
     }
     overhead = round(wall - sum(one["us"] for one in ops), 1)
     by_class = _by_class([part for one in ops for part in one["stages"] or [one]], overhead)
@@ -138,8 +141,9 @@ def _paper_rounds(entries: Sequence[dict[str, Any]]) -> list[Sequence[float]]:
     return found
 
 
-def _together(parts: Sequence[Sequence[float]], rounds: int) -> list[float]:
-    return [sum(times[r] for times in parts) for r in range(rounds)]
+def _table(parts: Sequence[Sequence[float]], rounds: int) -> np.ndarray:
+    """Times [parts, rounds], where there are no parts too."""
+    return np.asarray(parts, dtype=float).reshape(len(parts), rounds)
 
 
 def _still(one: dict[str, Any]) -> list[dict[str, Any]]:
@@ -165,25 +169,25 @@ def _of_paper(by_class: dict[str, float]) -> float:
 
 def reduction(
     before: dict[str, Any], after: dict[str, Any], definition: str,
-    rounds: tuple[Sequence[float], Sequence[float]],
+    rounds: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any]:  # fmt: skip
-    """How much of the memory-bound time is gone; low, high: a bootstrap over rounds, 95 %. The
-    rounds of both are drawn together: they ran side by side."""
+    """How much of the memory-bound time is gone; low, high: a bootstrap over rounds, 95 %.
+
+    rounds: times [parts, rounds] of each side, drawn together: they ran side by side.
+    """
     was, now = (one["memory_bound_us"][definition] for one in (before, after))
-    draws = random.Random(0)
-    count = min(map(len, rounds))
-    found = []
-    for _ in range(RESAMPLES):
-        picked = [draws.randrange(count) for _ in range(count)]
-        a, b = (statistics.median(times[i] for i in picked) for times in rounds)
-        found.append(1 - b / a if a else 0.0)
+    count = min(times.shape[1] for times in rounds)
+    picked = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    a, b = (np.median(times[:, picked], axis=2).sum(axis=0) for times in rounds)
+    found = 1 - b / np.where(a > 0, a, np.inf)
     gone, calm = was - now, before["overhead_us"] - after["overhead_us"]
     total = before["wall_us"] - after["wall_us"]
     return {
         "from": before["name"], "to": after["name"], "definition": definition,
         "before_us": was, "after_us": now,
         "reduction": round(1 - now / was, 4) if was else 0.0,
-        "low": round(quantile(found, LOW), 4), "high": round(quantile(found, HIGH), 4),
+        "low": round(float(np.quantile(found, LOW)), 4),
+        "high": round(float(np.quantile(found, HIGH)), 4),
         "waterfall": {
             "before": before["wall_us"], "eliminated": round(gone, 1),
             "accelerated": round(total - gone - calm, 1), "overhead": round(calm, 1),
@@ -220,9 +224,13 @@ def cell(
         reduction(one, fused, kind, (rounds[peer][kind], rounds["fused"][kind]))
         for peer, one in by_name.items()
         for kind in DEFINITIONS
-        if fused and peer != "fused" and rounds[peer][kind] and rounds["fused"][kind]
+        if fused and peer != "fused" and _known(rounds[peer][kind], rounds["fused"][kind])
     ]
     return {**name, "runtimes": runtimes, "reductions": reductions}, checks
+
+
+def _known(*rounds: np.ndarray | None) -> bool:
+    return all(times is not None for times in rounds)
 
 
 def judge(one: dict[str, Any]) -> list[dict[str, Any]]:

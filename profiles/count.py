@@ -17,6 +17,10 @@ from math import prod
 from typing import Any
 
 import torch
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,19 +31,57 @@ SOFTMAX_FLOPS = 5  # an element
 
 @dataclass(frozen=True)
 class Counted:
-    """One op. kind: `aten::convolution`; shape: of what goes in, as text."""
+    """One op. kind: `aten::convolution`; shape: of what goes in, as text; part: the fused op that
+    does its work, empty where no module says so."""
 
     kind: str
     shape: str
     group: str  # its class
     flops: int
     bytes: int
+    part: str = ""
+
+
+# Modules of the eager model, of timm's and ours, and the fused op that stands for each.
+PARTS = {
+    "PatchEmbedding": "stem",
+    "ResidualDrop": "dw_ffn",
+    "LocalWindowAttention": "cga",
+    "PatchMerging": "patch_merge",
+    "NormLinear": "classifier",
+    "Linear": "classifier",
+    "GlobalPool": "classifier",
+    "SelectAdaptivePool2d": "classifier",
+}
 
 
 class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: list[Counted] = []
+        self._parts: list[str] = []  # of the modules that are running, the outermost first
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Counter:
+        self._hooks = [
+            register_module_forward_pre_hook(lambda module, args: self._enter(module)),
+            register_module_forward_hook(lambda module, args, out: self._leave()),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, module: torch.nn.Module) -> None:
+        inside = getattr(module, "m", module)  # of a residual
+        name = type(inside).__name__
+        own = PARTS.get(name if name in PARTS else type(module).__name__, "")
+        self._parts.append(next(filter(None, self._parts), own))
+
+    def _leave(self) -> None:
+        self._parts.pop()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -52,12 +94,17 @@ class Counter(TorchDispatchMode):
         written = func._schema.is_mutable
         if not written and _memory(outputs) & _memory(inputs):
             return out  # `contiguous` or `to` with nothing to do
-        self.ops.append(counted(name, inputs, outputs, args))
+        part = self._parts[-1] if self._parts else ""
+        self.ops.append(counted(name, inputs, outputs, args, part))
         return out
 
 
 def counted(
-    name: str, inputs: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], args: tuple = ()
+    name: str,
+    inputs: Sequence[torch.Tensor],
+    outputs: Sequence[torch.Tensor],
+    args: tuple = (),
+    part: str = "",
 ) -> Counted:
     """ValueError: the table of classes does not have the op."""
     depthwise = False
@@ -70,7 +117,7 @@ def counted(
     sizes = [tuple(t.shape) for t in inputs]
     flops = flops_of(name, group, sizes, tuple(outputs[0].shape))
     moved = _distinct(inputs) + _distinct(outputs)
-    return Counted(name, shape_text(sizes), group, flops, moved)
+    return Counted(name, shape_text(sizes), group, flops, moved, part)
 
 
 def flops_of(name: str, group: str, inputs: Sequence[Sequence[int]], output: Sequence[int]) -> int:

@@ -22,6 +22,7 @@ from evit_fast.bench import worker
 from evit_fast.profiles import classes, count
 
 ENOUGH_US, MOST = 20e3, 5  # forwards of a round: as many as fill this, at most so many
+ONNX_US = 1.0  # its profiler counts whole microseconds
 EVENT_US_MOST = 3.0  # what recording one event of torch's profiler may cost
 
 
@@ -29,7 +30,8 @@ EVENT_US_MOST = 3.0  # what recording one event of torch's profiler may cost
 class Call:
     """One call inside a forward. start, us: when it began and what it took, microseconds.
 
-    flops, bytes: None where nobody says. stages: (name, us), of a fused op.
+    flops, bytes: None where nobody says. part: the fused op that does its work, empty if unknown.
+    stages: (name, us), of a fused op.
     """
 
     name: str
@@ -41,11 +43,13 @@ class Call:
     flops: int | None = None
     bytes: int | None = None
     kernel: str = ""
+    part: str = ""
+    resolution: float = 0.0  # us: what the time may be off by
     stages: list[tuple[str, float]] = field(default_factory=list)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        return self.name, self.kind, self.group, self.shape, self.flops, self.bytes
+        return self.name, self.kind, self.group, self.shape, self.flops, self.bytes, self.part
 
 
 Forward = list[Call]
@@ -72,8 +76,8 @@ def entries(rounds: Sequence[Sequence[Forward]]) -> list[dict[str, Any]]:
     for call in rounds[0][0]:
         entry = found.setdefault(call.key, {
             "name": call.name, "kind": call.kind, "shape": call.shape, "class": call.group,
-            "kernel": call.kernel, "calls": 0, "flops": call.flops, "bytes": call.bytes,
-            "rounds": [0.0] * len(rounds), "stages": {},
+            "kernel": call.kernel, "part": call.part, "resolution": call.resolution, "calls": 0,
+            "flops": call.flops, "bytes": call.bytes, "rounds": [0.0] * len(rounds), "stages": {},
         })  # fmt: skip
         entry["calls"] += 1
     for r, forwards in enumerate(rounds):
@@ -130,14 +134,16 @@ class Torch(Instrument):
             for calls, inside in zip(forwards, nested, strict=True):
                 for call, events in zip(calls, inside, strict=True):
                     call.us = max(call.us - cost * (events + 0.5), 0.0)
+                    call.resolution = cost
         return self.rounds
 
 
 def count_forward(forward: Callable[[], Any]) -> list[count.Counted]:
-    """The ops of one forward. Inference mode shows the counter composite ops, which nothing times
-    as they are: it is replaced."""
+    """The ops of one forward, the second: the first fills caches. Inference mode shows the counter
+    composite ops, which nothing times as they are: it is replaced."""
     import torch
 
+    forward()
     with patch.object(torch, "inference_mode", torch.no_grad), count.Counter() as counter:
         forward()
     return counter.ops
@@ -156,6 +162,7 @@ def aligned(
         op = counted[len(done) % len(counted)]
         name = f"{classes.bare(op.kind)} {op.shape}"
         call = Call(name, op.kind, op.group, *_times(event), op.shape, op.flops, op.bytes)
+        call.part = op.part
         done.append((call, _inside(event)))
     forwards, left = divmod(len(done), len(counted))
     if left:
@@ -191,15 +198,17 @@ class Compiled(Torch):
         for region in _outermost(roots, lambda e: e.name.startswith(self.REGION)):
             found = _outermost(region.cpu_children, lambda e: classes.class_of(e.name) is not None)
             calls = [(_compiled_call(event), _inside(event)) for event in found]
-            products = [c for c, _ in calls if c.group in ("conv_gemm", "attention")]
-            groups = ["attention" if c.group == "attention" else "conv" for c in products]
-            known = ["attention" if o.group == "attention" else "conv" for o in self.counted]
-            if groups == known:
+            products = [c for c, _ in calls if _product(c.kind)]
+            if [_product(c.kind) for c in products] == [_product(o.kind) for o in self.counted]:
                 for call, op in zip(products, self.counted, strict=True):
                     call.group, call.shape = op.group, op.shape
-                    call.flops, call.bytes = op.flops, op.bytes
-                    call.name = f"{classes.bare(call.kind)} {op.shape}"
+                    call.flops, call.bytes, call.part = op.flops, op.bytes, op.part
+                    call.name = f"{call.name} {op.shape}"
             yield calls
+
+
+def _product(kind: str) -> str:
+    return next((word for word in ("convolution", "bmm") if word in kind), "")
 
 
 def _compiled_call(event: Any) -> Call:
@@ -284,6 +293,7 @@ def onnx_forwards(events: Sequence[dict[str, Any]]) -> list[Forward]:
         elif _is_node(event) and not classes.is_view(event["args"]["op_name"]):
             call = _onnx_call(event)
             call.us = max(call.us - recording, 0.0)
+            call.resolution = ONNX_US
             found[-1].append(call)
     return found
 
@@ -312,8 +322,14 @@ def _onnx_call(event: dict[str, Any]) -> Call:
     shape = count.shape_text(inputs)
     return Call(
         f"{kind} {shape}", kind, group, event["ts"], event["dur"], shape, flops, moved,
-        args.get("provider", ""),
+        args.get("provider", ""), _onnx_part(event["name"]),
     )  # fmt: skip
+
+
+def _onnx_part(name: str) -> str:
+    """Nodes of our graph are called `02.cga.head0.softmax`."""
+    words = [*name.split("."), ""]
+    return words[1] if words[1] in classes.FUSED else ""
 
 
 # --- the fused program
@@ -404,7 +420,7 @@ def fused_ops(program: str, model: str, x_shape: tuple[int, ...], isa: str) -> l
         found.append({
             "name": name, "kind": op.name, "group": classes.FUSED[op.name],
             "shape": "x".join(map(str, shape)), "flops": flops, "bytes": moved,
-            "kernel": f"csrc/cpu/{op.name}.cpp {isa}",
+            "kernel": f"csrc/cpu/{op.name}.cpp {isa}", "part": op.name,
         })  # fmt: skip
     return found
 
