@@ -82,7 +82,9 @@ def short(model: str) -> str:
 def ms(us: float) -> str:
     """Three digits: `0.123`, `12.3`, `1234`."""
     value = us / 1e3
-    digits = 2 if value == 0 else min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
+    if value == 0:
+        return "0"
+    digits = min(3, max(0, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:.{digits}f}"
 
 
@@ -183,7 +185,9 @@ def arrows(cell: dict[str, Any]) -> list[tuple[str, tuple[float, float], tuple[f
     return found
 
 
-def _ceilings(axis: Any, ceilings: dict[str, Any], low: float, high: float) -> list[Any]:
+def _ceilings(
+    axis: Any, ceilings: dict[str, Any], low: float, high: float, bottom: float
+) -> list[Any]:
     """The measured roofs; returns the names of the levels, which are to lie along their slopes."""
     peak = ceilings["fma_gflops"]
     slopes = []
@@ -195,11 +199,16 @@ def _ceilings(axis: Any, ceilings: dict[str, Any], low: float, high: float) -> l
             continue
         ridge = peak / gbs
         axis.plot([low, ridge], [low * gbs, peak], color=INK, linewidth=0.8, alpha=0.75)
-        at = low * 1.12 * 1.55**i
-        label = f"{level['name']} {gbs:.0f} GB/s"
+        # The upper half stand above their lines, the others below: two levels may be close.
+        above = i < len(ceilings["levels"]) / 2
+        at = max(low * 1.12, 1.6 * bottom / gbs)
         slopes.append(
-            axis.text(at, at * gbs * 1.03, label, rotation_mode="anchor", fontsize=FONT - 1.5)
-        )
+            axis.text(
+                at, at * gbs * (1.1 if above else 0.9), f"{level['name']} {gbs:.0f} GB/s",
+                rotation_mode="anchor", va="bottom" if above else "top", fontsize=FONT - 1.5,
+                bbox=dict(facecolor=PAPER, alpha=0.7, linewidth=0, pad=0.5), zorder=5,
+            )
+        )  # fmt: skip
     return slopes
 
 
@@ -225,7 +234,8 @@ def draw_roofline(cell: dict[str, Any], ceilings: dict[str, Any], legend: bool) 
     figure, (axis,) = figure_of(3.9 + 0.5 * legend)
     low = min(0.05, *(x for *_, x, _ in dots)) / 1.3
     high = max(100.0, *(x for *_, x, _ in dots)) * 1.3
-    slopes = _ceilings(axis, ceilings, low, high)
+    bottom = min(y for *_, y in dots) / 1.6
+    slopes = _ceilings(axis, ceilings, low, high, bottom)
     groups: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
     for name, op, x, y in dots:
         groups.setdefault((name, op["class"], op["kind"] * (name == "fused")), []).append((x, y))
@@ -242,7 +252,6 @@ def draw_roofline(cell: dict[str, Any], ceilings: dict[str, Any], legend: bool) 
             arrowprops=dict(arrowstyle="-|>", color=INK, linewidth=1, shrinkA=0, shrinkB=3),
         )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlim=(low, high), xlabel="FLOPs a byte", ylabel="GFLOP/s")
-    bottom = min(y for *_, y in dots) / 1.6
     axis.set_ylim(bottom, ceilings["fma_gflops"] * 2.2)
     axis.grid()
     if legend:

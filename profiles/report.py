@@ -255,9 +255,16 @@ def _context(document: dict[str, Any]) -> dict[str, Any]:
                     for name in ("fused", "eager")
                     if (r := runtime(cell, name)) and r["ops"]
                 ],
-                "checks": cell.get("checks", []),
             }
             for cell in cells
+        ],
+        "checks": [
+            (title, checks)
+            for title, checks in (
+                ("Cross-checks", document.get("checks")),
+                *((f"Cross-checks: {cell_title(cell)}", cell.get("checks")) for cell in cells),
+            )
+            if checks
         ],
         "json": _embed(document),
     }
