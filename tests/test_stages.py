@@ -146,23 +146,23 @@ def test_several_threads_are_refused():
 
 def test_callers_have_clocks_of_their_own():
     program, blob, x = m5_ops()["dw_ffn"]
+    x = x.repeat(32, 1, 1, 1)  # tens of milliseconds: callers on one processor meet as well
     want = columns.run(program, blob, x)
-    start, found = threading.Barrier(2), []
+    start, found = threading.Barrier(2), {}
 
-    def call() -> None:
+    def call(i: int) -> None:
         start.wait(60)
-        found.extend(stage_times(program, blob, x) for _ in range(20))
+        found[i] = [stage_times(program, blob, x) for _ in range(4)]
 
-    callers = [threading.Thread(target=call) for _ in range(2)]
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(2)]
     for t in callers:
         t.start()
     for t in callers:
         t.join(60)
-    assert len(found) == 40
-    for r in found:
-        assert torch.equal(r.y, want)
-        assert 0 < r.total() <= 1.05 * r.wall + CLOCK
-        assert all(0 <= seconds <= r.wall + CLOCK for _, seconds in r.stages[0])
+    for runs in (found[0], found[1]):
+        assert all(torch.equal(r.y, want) for r in runs)
+        assert all(r.total() <= 1.05 * r.wall + CLOCK for r in runs)
+        assert sum(r.total() for r in runs) > 0.5 * sum(r.wall for r in runs)
 
 
 @EVERY_ISA
