@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from evit_fast.bench.models import cost
+from evit_fast.config import resolve
 from evit_fast.model import create_model
+from evit_fast.model_ops import model_ops
+from evit_fast.ops import OPS
 from evit_fast.profiles.count import Counter, flops_of
 
 
@@ -83,3 +86,23 @@ def test_flops_from_sizes() -> None:
     conv = [[1, 8, 5, 5], [6, 8, 3, 3], [6]]
     assert flops_of("Conv", "conv_gemm", conv, [1, 6, 5, 5]) == 2 * 6 * 25 * 72
     assert flops_of("Transpose", "movement", [[4, 4]], [4, 4]) == 0
+
+
+def test_ops_are_part_of_a_fused_op() -> None:
+    """Each fused op's share of the arithmetic is the sum of the eager ops that it stands for."""
+    eager = create_model("m1").eval()
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad(), Counter() as counter:
+        eager(x)
+    assert all(op.part for op in counter.ops)
+    expected: dict[str, int] = {}
+    for shape, side in model_ops(resolve("m1")):
+        flops, _ = OPS[shape.op].cost(shape, 2, side, side, torch.float32)
+        expected[shape.op] = expected.get(shape.op, 0) + flops
+    for part, flops in expected.items():
+        products = ("conv_gemm", "depthwise", "attention")
+        found = [op.flops for op in counter.ops if op.part == part and op.group in products]
+        assert sum(found) == pytest.approx(flops, rel=1e-3), part
+    with torch.no_grad():
+        eager(x)  # the counter has taken its hooks away
+    assert counter._parts == []
