@@ -4,6 +4,7 @@
 #   make lint    ruff and clang-format, checking          make format  the same, rewriting
 #   make test-triton  every Triton kernel, interpreted at every shape and compiled for every card
 #   make test-emulator  the CUDA kernels on the CPU: every shape and tile family, sanitizers, seeded bugs
+#   make test-report  the profile's report in headless Chromium, which it installs where apt-get can
 #   make test-cuda    NVRTC's numbers and code for every CUDA kernel and card; the cache of cubins, every cold start, kill and damaged file
 #   make compiled     what Triton makes of its kernels: rewrites kernels/compiled.csv
 #   make compiled-cuda    what NVRTC makes of the CUDA kernels: rewrites evit_fast/cuda/compiled.csv
@@ -32,7 +33,7 @@ COMPILE = EVIT_FAST_COMPILE_TESTS=1 $(DEV)/pytest -q -n 2 --import-mode=importli
 export OMP_NUM_THREADS ?= 1
 export TRITON_CACHE_DIR ?= $(CURDIR)/build/triton
 
-.PHONY: build test test-triton test-emulator test-cuda compiled compiled-cuda v100 gpu demo bench bench-quick bench-ops callgrind lint format clean
+.PHONY: build test test-triton test-emulator test-cuda test-report compiled compiled-cuda v100 gpu demo bench bench-quick bench-ops callgrind lint format clean
 
 build: .venv/dev/ready
 	$(DEV)/python $(PIP) --no-build-isolation --no-deps -e .
@@ -52,6 +53,10 @@ test-emulator: build
 
 test-cuda: build $(NVDISASM)
 	@EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py tests/test_cuda_column.py tests/cuda tests/profiles
+
+test-report: build
+	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; }
+	@$(DEV)/pytest -q --import-mode=importlib tests/profiles/in_browser.py
 
 compiled: build
 	$(DEV)/python -m evit_fast.kernels.compiled --write
@@ -103,7 +108,7 @@ clean:
 	.venv/$*/bin/python $(PIP) --no-deps $(TIMM)
 	touch $@
 
-.venv/dev/ready: PACKAGES = $(TRITON) $(NVRTC) pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn matplotlib
+.venv/dev/ready: PACKAGES = $(TRITON) $(NVRTC) pytest pytest-xdist pytest-timeout onnx onnxruntime scikit-learn jinja2 matplotlib
 .venv/demo/ready: PACKAGES = scikit-learn matplotlib
 .venv/bench/ready: PACKAGES = onnx onnxruntime openvino litert-torch ai-edge-litert matplotlib pytest pytest-benchmark
 

@@ -49,7 +49,8 @@ def test_wheel_holds_every_package_and_nothing_else(wheel):
     assert any(name.name.startswith("_native") and name.suffix == ".so" for name in names)
     for path in (ROOT / "evit_fast/data").glob("*"):
         assert path.relative_to(ROOT) in names, f"{path} is not in the wheel"
-    assert Path("evit_fast/profiles/LOG.md") in names
+    for name in ("LOG.md", "report.html.jinja"):
+        assert Path("evit_fast/profiles", name) in names
 
 
 def test_wheel_names_the_command_and_the_licence(wheel):

@@ -8,11 +8,13 @@ with Browser() as browser:
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +22,11 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PATIENCE_S = 60.0
+MOVE = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 def chromium() -> str:
@@ -89,12 +96,13 @@ class Browser:
             "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
             "--disable-background-networking", f"--user-data-dir={self.folder}", "about:blank",
         ]  # fmt: skip
-        # The browser reads from descriptor 3 and writes to 4. Both ends move out of the way first.
-        read, write = (os.dup(fd) for fd in (down[0], up[1]))
-        shell = ["sh", "-c", f'exec "$@" 3<&{read} 4>&{write}', "sh", *command]
+        # The browser reads from descriptor 3 and writes to 4; a process of ours moves them there,
+        # once they are out of the way of both.
+        read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (down[0], up[1]))
         self.process = subprocess.Popen(
-            shell, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+            [sys.executable, "-c", MOVE, str(read), str(write), *command],
+            pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         for fd in (down[0], up[1], read, write):
             os.close(fd)
         self.out, self.into = down[1], up[0]
