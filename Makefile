@@ -55,7 +55,7 @@ test-cuda: build $(NVDISASM)
 	@EVIT_FAST_NVDISASM=$(CURDIR)/$(NVDISASM) $(DEV)/pytest -q -n 2 --import-mode=importlib tests/test_nvrtc.py tests/test_cubin*.py tests/test_cuda_column.py tests/cuda tests/profiles
 
 test-report: build
-	@command -v chromium chromium-browser google-chrome >/dev/null || { apt-get update && apt-get install -y chromium; }
+	@command -v chromium >/dev/null || { apt-get update && apt-get install -y chromium; }
 	@$(DEV)/pytest -q --import-mode=importlib tests/profiles/in_browser.py
 
 compiled: build
