@@ -64,7 +64,7 @@ class Page:
     def view(self, width: int, height: int, scheme: str) -> None:
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
-            mobile=width < 600,
+            mobile=False,  # a phone would widen its window to what overflows
         )  # fmt: skip
         media = [{"name": "prefers-color-scheme", "value": scheme}]
         self.send("Emulation.setEmulatedMedia", features=media)

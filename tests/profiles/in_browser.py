@@ -85,6 +85,7 @@ def scheme(request) -> str:
 def page(request, browser, written, scheme):
     name, path = written
     found = browser.open(path.as_uri(), request.param, scheme)
+    assert found.run("innerWidth") == request.param
     found.run("document.querySelectorAll('details').forEach(d => d.open = true)")
     if folder := os.environ.get("EVIT_FAST_SCREENSHOTS"):
         found.screenshot(Path(folder) / f"{name}-{request.param}-{scheme}.png")
@@ -113,6 +114,10 @@ def test_pictures_are_seen_and_their_texts_are_apart(page):
 def test_text_can_be_read_in_both_schemes(page, scheme):
     dark = page.run("matchMedia('(prefers-color-scheme: dark)').matches")
     assert dark == (scheme == "dark")
+    background = page.run(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    )
+    assert (max(background) < 64) == dark
     assert page.run(CONTRAST) >= 4.5
 
 
