@@ -86,7 +86,13 @@ def test_nested_ops_are_not_counted_twice() -> None:
     """An op whole, with what it calls; a composite op by what is inside; two forwards."""
 
     def forward(t):
-        inner = event("a", t + 1, t + 8, event("b", t + 2, t + 4), event("b", t + 5, t + 6))
+        inner = event(
+            "a",
+            t + 1,
+            t + 8,
+            event("b", t + 2, t + 4, event("c", t + 3, t + 4)),
+            event("b", t + 5, t + 6),
+        )
         return [
             event("composite", t, t + 10, inner),
             event("b", t + 20, t + 25, event("a", 21, 22)),
@@ -94,7 +100,7 @@ def test_nested_ops_are_not_counted_twice() -> None:
 
     found = list(instruments.aligned([*forward(0), *forward(100)], counted("a", "b")))
     assert len(found) == 2
-    assert [(call.kind, call.us, inside) for call, inside in found[0]] == [("a", 7, 2), ("b", 5, 1)]
+    assert [(call.kind, call.us, inside) for call, inside in found[0]] == [("a", 7, 3), ("b", 5, 1)]
 
 
 def test_other_ops_than_the_counted_ones_are_an_error() -> None:
