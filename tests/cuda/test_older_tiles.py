@@ -1,4 +1,4 @@
-"""A later card runs the tiles of sm_70 and sm_75, and so verifies them: make gpu ARGS="--tiles 70"."""
+"""A later card runs the tiles of sm_70 and sm_75, and so verifies them (make gpu, --tiles 70)."""
 
 from __future__ import annotations
 
