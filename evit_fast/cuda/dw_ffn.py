@@ -39,7 +39,8 @@ def config(s: Shape, dtype: torch.dtype, family: int, tokens: int, deterministic
         return Config(16, 4, max(1, min(8, s.F // (2 * HIDDEN))))
     # On sm_70, 64 tokens spill at C=384, and at C=192 with 4 warps; sm_75 has 64 KiB for C=384.
     wide = family == 0 or (family < 80 and s.C > 288)
-    return Config(32 if wide else 64, 8 if s.C > (144 if family == 70 else 192) else 4, 1)
+    rows = 16 if family == 0 and s.C > 352 else 32 if wide else 64
+    return Config(rows, 8 if s.C > (144 if family == 70 else 192) else 4, 1)
 
 
 def supports(s: Shape, dtype: torch.dtype, arch: int) -> str | None:
