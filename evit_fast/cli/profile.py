@@ -23,7 +23,7 @@ from typing import Any
 from evit_fast.cli.flags import UsageError, add_flags, at_least_one, emit
 
 PEERS = "eager,folded,compile,onnxruntime"
-REPORT = "evit_fast.profiles.report"
+DRAWING = ("jinja2", "matplotlib")  # of the extra [profile]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,8 +63,10 @@ def run(args: argparse.Namespace) -> int:
     for flag, wanted in (("--html", args.html), ("--trace", args.trace), ("--out", path)):
         if wanted is not None:
             _check_writable(flag, wanted)
-    if args.html and importlib.util.find_spec(REPORT) is None:
-        raise UsageError("--html: this installation has no report writer; use --json or --out")
+    missing = [name for name in DRAWING if importlib.util.find_spec(name) is None]
+    if args.html and missing:  # known before anything is measured
+        needs = " and ".join(missing)
+        raise UsageError(f"--html needs {needs}: pip install evit_fast[profile], or use --out")
     from evit_fast.bench.models import _progress
     from evit_fast.profiles import measure, trace
 

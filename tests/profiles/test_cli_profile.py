@@ -134,9 +134,9 @@ def test_a_path_that_cannot_be_written_is_refused_before_measuring(
 
 
 def test_a_report_without_its_writer(evit, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(profile, "REPORT", "evit_fast.profiles.no_such_module")
+    monkeypatch.setattr(profile, "DRAWING", ("jinja2", "no_such_module"))
     code, _, err = evit(*QUICK, "--html", tmp_path / "a.html")
-    assert code == 2 and "no report writer" in err
+    assert code == 2 and "--html needs no_such_module: pip install" in err
 
 
 def document(wall=100.0, version=1, paper=30.0):
