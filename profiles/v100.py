@@ -134,12 +134,10 @@ class Row(NamedTuple):
     tensor_share: float  # of the tensor cores' rate
 
 
-def model_rows(
-    model: str, batch: int, counts: dict | None = None, card: Card = V100
-) -> tuple[list[Row], list[str]]:
-    """(a row per different launch, ops that have no kernel). RuntimeError: not counted yet."""
+def model_rows(model: str, batch: int, counts: dict | None = None, card: Card = V100) -> list[Row]:
+    """A row per different launch. RuntimeError: not counted yet."""
     counts = v100_counts.read() if counts is None else counts
-    ops, without = model_shapes(model)
+    ops = model_shapes(model)
     rows = []
     for (s, side), calls in {o: ops.count(o) for o in ops}.items():
         flops, least = OPS[s.op].cost(s, batch, side, side, DTYPE)
@@ -174,7 +172,7 @@ def model_rows(
                     multiplies / t.us / rate,
                 )
             )
-    return rows, without
+    return rows
 
 
 def total_us(rows: list[Row]) -> float:
@@ -183,7 +181,7 @@ def total_us(rows: list[Row]) -> float:
 
 def summary(model: str, batch: int, counts: dict | None = None, card: Card = V100) -> dict:
     """Modelled milliseconds and images per second of a model, the paper's, and where time goes."""
-    rows, without = model_rows(model, batch, counts, card)
+    rows = model_rows(model, batch, counts, card)
     us = total_us(rows)
     name = resolve(model).name
     by_op, by_bound = {}, {}
@@ -194,7 +192,7 @@ def summary(model: str, batch: int, counts: dict | None = None, card: Card = V10
     return {
         "model": name, "batch": batch, "label": "modelled", "ms": us / 1e3,
         "images_per_s": images, "paper_images_per_s": PAPER[name], "ratio": images / PAPER[name],
-        "share_of_op": by_op, "share_of_bound": by_bound, "without_a_kernel": without,
+        "share_of_op": by_op, "share_of_bound": by_bound,
     }  # fmt: skip
 
 
@@ -206,13 +204,13 @@ def sensitivity(
 ) -> dict[str, tuple[float, float]]:
     """{assumption: change of the total when it is 25 % less, and 25 % more}."""
     counts = v100_counts.read() if counts is None else counts
-    base = total_us(model_rows(model, batch, counts)[0])
+    base = total_us(model_rows(model, batch, counts))
     changes = {}
     for name in ASSUMPTIONS:
         both = []
         for factor in (1 - by, 1 + by):
             card = dataclasses.replace(V100, **{name: getattr(V100, name) * factor})
-            both.append(total_us(model_rows(model, batch, counts, card)[0]) / base - 1)
+            both.append(total_us(model_rows(model, batch, counts, card)) / base - 1)
         changes[name] = tuple(both)
     return changes
 
@@ -245,9 +243,6 @@ def report(models: list[str], batch: int) -> str:
             ],
         ),
     ]  # fmt: skip
-    missing = sorted({op for s in sums for op in s["without_a_kernel"]})
-    if missing:
-        parts.append(f"Without a kernel, and so not in any sum: {', '.join(missing)}.")
     short = [s["model"][-2:].upper() for s in sums if s["ratio"] < GOAL]
     parts.append(
         f"The design asks for {GOAL:g} times the paper's; "
@@ -296,7 +291,7 @@ def _change(both: tuple[float, float]) -> str:
 def _costly(models: list[str], batch: int, counts: dict, n: int = 6) -> str:
     lines = []
     for model in models:
-        rows, _ = model_rows(model, batch, counts)
+        rows = model_rows(model, batch, counts)
         us = total_us(rows)
         for row in sorted(rows, key=lambda row: -row.calls * row.us)[:n]:
             lines.append(
@@ -344,7 +339,7 @@ def write(models: list[str], batch: int, folder: Path = RESULTS) -> None:
         out = csv.writer(f, lineterminator="\n")
         out.writerow([*Row._fields, "label"])
         for model in models:
-            for row in model_rows(model, batch, counts)[0]:
+            for row in model_rows(model, batch, counts):
                 values = (f"{v:.4g}" if isinstance(v, float) else v for v in row)
                 out.writerow([*values, "modelled"])
 

@@ -18,7 +18,6 @@ from evit_fast.cuda import compiled, sass
 from evit_fast.cuda.kernels import Launch
 from evit_fast.cuda.launch_shapes import compile_kernel, elf_sections, launch_shapes
 from evit_fast.model_ops import IMAGE, model_ops
-from evit_fast.ops import OPS
 from evit_fast.ops.line import LineShape
 from evit_fast.profiles.volta import Block, Machine, Tensor
 
@@ -75,11 +74,9 @@ class Call(NamedTuple):
         return self.op, self.shape, str(self.side), str(self.step)
 
 
-def model_shapes(model: str) -> tuple[list[tuple[LineShape, int]], list[str]]:
-    """(the ops of a model that have a kernel, with their sides; names of those that have none)."""
-    ops = list(model_ops(resolve(model)))
-    without = sorted({s.op for s, _ in ops if compiled.column(s.op) is None}, key=list(OPS).index)
-    return [o for o in ops if o[0].op not in without], without
+def model_shapes(model: str) -> list[tuple[LineShape, int]]:
+    """The ops of a model, with the sides of their maps."""
+    return list(model_ops(resolve(model)))
 
 
 def shape_text(s: LineShape) -> str:
@@ -204,7 +201,7 @@ def write(rows: dict[tuple[str, ...], tuple[str, Counts]], path: Path = TABLE) -
 def update(models: Iterable[str], batch: int, path: Path = TABLE) -> None:
     """Counts the launches of these models again."""
     rows = read(path)
-    shapes = dict.fromkeys(o for m in models for o in model_shapes(m)[0])
+    shapes = dict.fromkeys(o for m in models for o in model_shapes(m))
     fresh = {}
     for s, side in shapes:
         for key in [k for k in rows if k[:3] == (s.op, shape_text(s), str(side))]:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from evit_fast import _native
 from evit_fast.bench import peers, runner
 from evit_fast.bench.weights import randomize
 from evit_fast.model import create_model
@@ -146,16 +147,10 @@ def test_the_fused_program(request_of) -> None:
     flops, moved = cost("efficientvit_m0", 2, 64)
     assert sum(one["flops"] for one in found["ops"]) == flops
     assert sum(one["bytes"] for one in found["ops"]) == moved
-    for one in found["ops"] if hasattr(peers_native(), "stages") else ():
-        assert list(one["stages"]) == peers_native().stages()[one["kind"]]
+    for one in found["ops"]:
+        assert list(one["stages"]) == _native.stages()[one["kind"]]
         for r in range(2):
             assert sum(t[r] for t in one["stages"].values()) == pytest.approx(one["rounds"][r])
-
-
-def peers_native():
-    from evit_fast import _native
-
-    return _native
 
 
 def test_onnx_nodes() -> None:
